@@ -1,0 +1,223 @@
+"""Read any recording a call centre keeps, write the mono FLAC or WAV this recipe trains on.
+
+Reading tries soundfile (WAV PCM, A-law, mu-law, GSM 06.10, FLAC, MP3, Opus), then PyAV (AMR, G.722,
+G.726, M4A ...), then SoX where it is installed (NIST SPHERE with shorten, odd headers).
+Files are named by their key, so that two keys never share a file and none leaves its folder.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.fft
+import soundfile
+
+SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+UNKNOWN_LENGTH = 1 << 40  # libsndfile's frame count of a streamed FLAC, whose header has no length, is far above
+
+
+class AudioError(Exception):
+    """Audio that cannot be used; `reason` is a reason code of rejected.jsonl, the text says more."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+
+
+def read(
+    path: str | os.PathLike, channel: int | None = None, start: float | None = None, end: float | None = None
+) -> tuple[np.ndarray, int]:
+    """Read one channel of a recording, or its mix-down when `channel` is None, from `start` to `end` seconds.
+
+    Returns float32 samples of shape (n,) in [-1, 1] and the file's own sampling rate in Hz.
+    Raises AudioError: audio_missing, audio_unreadable, audio_empty, channel_missing, bad_segment, audio_not_finite.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise AudioError("audio_missing", f"{path} does not exist")
+    samples, rate = _decode(path, start or 0.0, end)
+    if channel is not None:
+        if not 0 <= channel < samples.shape[1]:
+            raise AudioError("channel_missing", f"channel {channel} of {samples.shape[1]} in {path}")
+        samples = samples[:, channel]
+    else:
+        samples = samples.mean(axis=1)
+    if samples.size == 0:
+        raise AudioError("audio_empty", f"no samples between {start or 0.0} s and {end or 'the end'} in {path}")
+    if not np.isfinite(samples).all():
+        raise AudioError("audio_not_finite", f"NaN or infinite samples in {path}")
+    return np.ascontiguousarray(samples, dtype=np.float32), rate
+
+
+def write(path: str | os.PathLike, samples: np.ndarray, rate: int) -> None:
+    """Write float samples in [-1, 1] as 16-bit mono, format by suffix (.flac, .wav); the name appears when whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Encoded in memory: libsndfile does not say that the disk is full, Python's own write does.
+    encoded = io.BytesIO()
+    soundfile.write(encoded, samples, rate, subtype="PCM_16", format=path.suffix[1:].upper())
+    try:
+        temporary.write_bytes(encoded.getbuffer())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Length(NamedTuple):
+    """What a header says: samples of the segment, the file's rate in Hz, and whether training may read it in place."""
+
+    samples: int
+    rate: int
+    plain: bool
+
+
+def length(
+    path: str | os.PathLike, channel: int | None = None, start: float | None = None, end: float | None = None
+) -> Length:
+    """Length of what `read` would return, from the header where soundfile knows the format, else by reading.
+
+    `plain` is true of a whole mono WAV or FLAC file of linear PCM, which any training framework loads alike.
+    Raises AudioError as `read` does.
+    """
+    path = os.fspath(path)
+    try:
+        header = soundfile.info(path)
+    except (soundfile.LibsndfileError, TypeError):  # TypeError: .raw without a rate
+        header = None
+    if header is None or not 0 < header.frames < UNKNOWN_LENGTH:
+        samples, rate = read(path, channel, start, end)
+        return Length(len(samples), rate, False)
+    if channel is not None and not 0 <= channel < header.channels:
+        raise AudioError("channel_missing", f"channel {channel} of {header.channels} in {path}")
+    first, last = _bounds(header.frames, header.samplerate, start or 0.0, end, path)
+    if last <= first:
+        raise AudioError("audio_empty", f"no samples between {start} s and {end} s in {path}")
+    plain = header.format in ("WAV", "WAVEX", "FLAC") and header.subtype in ("PCM_16", "PCM_24", "PCM_32", "FLOAT")
+    whole = header.channels == 1 and (first, last) == (0, header.frames)
+    return Length(last - first, header.samplerate, plain and whole)
+
+
+def is_narrow_band(samples: np.ndarray, rate: int) -> bool:
+    """Whether nothing but noise of rounding lies above 4 kHz: telephone audio, whatever its sampling rate says.
+
+    Judged on at most ten seconds from the middle; 45 dB below the rest is what a resampler's slope leaves there.
+    """
+    if rate <= 8000:
+        return True
+    middle = samples[max(0, len(samples) // 2 - 5 * rate) : len(samples) // 2 + 5 * rate]
+    power = np.abs(scipy.fft.rfft(middle)) ** 2
+    edge = round(4200 / rate * len(middle))
+    return bool(power[edge:].sum() <= 10**-4.5 * power[:edge].sum())
+
+
+def file_name(key: str, suffix: str = ".flac") -> str:
+    """A file name for any key: the key itself where that is safe, else a readable part and a hash of the whole.
+
+    A name with a hash has a `~`, which no safe key has, so that two keys never share a file.
+    """
+    if SAFE.fullmatch(key):
+        return key + suffix
+    readable = re.sub(r"[^A-Za-z0-9-]+", "_", key)[:40].strip("_-")
+    return f"{readable}~{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()[:20]}{suffix}"
+
+
+def _decode(path: str, start: float, end: float | None) -> tuple[np.ndarray, int]:
+    errors = []
+    for decoder in (_decode_soundfile, _decode_pyav, _decode_sox):
+        try:
+            return decoder(path, start, end)
+        except AudioError:
+            raise
+        except Exception as error:  # three libraries, each with its own exceptions for a file it cannot read
+            errors.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    raise AudioError("audio_unreadable", f"{path}: {'; '.join(errors)}")
+
+
+def _decode_soundfile(path: str, start: float, end: float | None) -> tuple[np.ndarray, int]:
+    with soundfile.SoundFile(path) as file:
+        rate, frames = file.samplerate, file.frames
+        if frames >= UNKNOWN_LENGTH:
+            raise ValueError("the header does not say how long it is")
+        first, last = _bounds(frames, rate, start, end, path)
+        # Past here no other decoder is asked: it would return what is left of a damaged file as if it were whole.
+        try:
+            # GSM in WAV cannot seek.
+            skipped = file.seek(first) if file.seekable() else 0
+            samples = file.read(last - skipped, dtype="float32", always_2d=True)[first - skipped :]
+        except soundfile.LibsndfileError as error:
+            raise AudioError("audio_unreadable", f"{path}: damaged or cut off: {error}") from error
+        missing = _missing_bytes(path)
+        if len(samples) < last - first or (missing and last == frames):
+            raise AudioError("audio_unreadable", f"{path}: cut off ({len(samples)} samples, {missing} bytes missing)")
+        return samples, rate
+
+
+def _missing_bytes(path: str) -> int:
+    """Bytes that a WAV file promises and does not have; a stream's placeholder for "unknown" promises nothing."""
+    with open(path, "rb") as file:
+        head = file.read(8)
+    promised = int.from_bytes(head[4:8], "little") + 8
+    short = promised - os.path.getsize(path)
+    return short if head[:4] == b"RIFF" and promised < 0x7FFF0000 and short > 4096 else 0
+
+
+def _decode_pyav(path: str, start: float, end: float | None) -> tuple[np.ndarray, int]:
+    samples, rate = _whole_pyav(path, os.stat(path).st_mtime_ns)
+    return _cut(samples, rate, start, end, path), rate
+
+
+# The segments of one long call follow each other in a corpus: it is decoded once, not once per segment.
+@functools.lru_cache(maxsize=1)
+def _whole_pyav(path: str, _modified: int) -> tuple[np.ndarray, int]:
+    import av  # a quarter second to import, and few corpora need it
+
+    # A stranger's "audio" may be a playlist: it must not open addresses on the network.
+    with av.open(path, metadata_errors="ignore", options={"protocol_whitelist": "file"}) as container:
+        if not container.streams.audio:
+            raise ValueError("no audio stream")
+        stream = container.streams.audio[0]
+        rate, promised = stream.rate, float((stream.duration or 0) * (stream.time_base or 0))
+        blocks = []
+        resampler = av.AudioResampler(format="fltp")
+        for frame in container.decode(audio=0):
+            blocks += [part.to_ndarray().T for part in resampler.resample(frame)]
+    samples = np.concatenate(blocks) if blocks else np.zeros((0, 1), np.float32)
+    if len(samples) / rate < 0.95 * promised - 0.5:
+        raise AudioError("audio_unreadable", f"{path}: cut off after {len(samples) / rate:.2f} of {promised:.2f} s")
+    return samples, rate
+
+
+def _decode_sox(path: str, start: float, end: float | None) -> tuple[np.ndarray, int]:
+    if not shutil.which("sox"):
+        raise ValueError("sox is not installed")
+    command = ["sox", "-V1", path, "-t", "wav", "-e", "float", "-b", "32", "-"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode:
+        raise ValueError(done.stderr.decode(errors="replace").strip() or "sox failed")
+    samples, rate = soundfile.read(io.BytesIO(done.stdout), dtype="float32", always_2d=True)
+    return _cut(samples, rate, start, end, path), rate
+
+
+def _cut(samples: np.ndarray, rate: int, start: float, end: float | None, path: str) -> np.ndarray:
+    first, last = _bounds(len(samples), rate, start, end, path)
+    return samples[first:last]
+
+
+def _bounds(frames: int, rate: int, start: float, end: float | None, path: str) -> tuple[int, int]:
+    first = round(start * rate)
+    if start < 0 or (end is not None and end <= start):
+        raise AudioError("bad_segment", f"start {start} s, end {end} s: {path}")
+    # An annotation's last time may lie a little behind the last sample; half a second is tolerated.
+    if first >= frames > 0 or (end is not None and end * rate > frames + rate / 2):
+        raise AudioError("bad_segment", f"{start}-{end} s of a file of {frames / rate:.2f} s: {path}")
+    return first, frames if end is None else min(round(end * rate), frames)

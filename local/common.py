@@ -1,0 +1,125 @@
+"""What every helper needs: errors a user can act on, JSON lines, atomic files, progress.
+
+A helper's `main()` is wrapped by `run`: a mistake of the user's ends in one line on
+stderr and exit code 1 (the data or the run failed a check) or 2 (the command was wrong).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake the user can mend: what is wrong, where, and what to do, in one line.
+
+    `code` is the exit code: 1 when data or a run failed a check, 2 when the command was wrong.
+    """
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a helper's `main()` with logging set up; turn a user's mistake into one line and an exit code."""
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s (%(filename)s:%(lineno)d) %(levelname)s: %(message)s",
+        datefmt="%H:%M:%S",
+    )
+    try:
+        main()
+    except UserError as error:
+        message, code = str(error), error.code
+    except OSError as error:
+        # A full disk or a folder without write permission is the user's to mend; a bug is not.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        message, code = f"{error.strerror}: {error.filename or 'output'}; free space or choose another EXP_OUTPUT", 1
+    except KeyboardInterrupt:
+        message, code = "interrupted; run the same command again to go on", 130
+    else:
+        return
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[TextIO]:
+    """Open a temporary file beside `path` that takes its name only when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a JSONL file written by this recipe, one at a time.
+
+    Raises UserError for a missing file and for the first line that is not a JSON object.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"{path} does not exist; run the stage that writes it, or correct the path", code=2)
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number}: not JSON ({error.msg}); one JSON object per line") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number}: a {type(row).__name__}, not a JSON object")
+            yield row
+
+
+def write_jsonl(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> int:
+    """Write rows as JSON lines, atomically; return how many."""
+    count = 0
+    with atomic_write(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Write one JSON value, indented, atomically."""
+    with atomic_write(path) as file:
+        json.dump(value, file, ensure_ascii=False, indent=1)
+        file.write("\n")
+
+
+def progress(items: Iterable, total: int | None, title: str) -> Iterable:
+    """Show rate and time left on stderr: a bar on a terminal, a line every ten seconds in a log."""
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        items, total=total, desc=title, unit="", file=sys.stderr, ascii=not terminal,
+        mininterval=0.2 if terminal else 10.0, dynamic_ncols=terminal,
+    )
+
+
+def file_hash(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's bytes, first 16 hex digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()[:16]

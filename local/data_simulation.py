@@ -1,0 +1,239 @@
+#!/usr/bin/env python3
+"""Send 16 kHz speech through simulated telephone calls: one channel per utterance, written as FLAC.
+
+    python local/data_simulation.py --input raw_train.jsonl --output simulated_train.jsonl \
+        --output_audio_dir audio --num_workers 8
+
+Each row of the output is the input row with `source` naming the simulated call, `channel` holding everything
+drawn for it and `wideband_source` the original. What cannot be used goes to rejected_<output's stem>.jsonl.
+The audio of an utterance depends on (seed, key), the distributions and the babble pool alone, so any number of
+workers, a resume after a crash or a Dask cluster give the same bytes. Run it again to go on after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import heapq
+import itertools
+import json
+import os
+from array import array
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import audio
+from common import UserError, atomic_write, file_hash, progress, run, write_jsonl
+from corpus import Entry, check_row, read_rows
+from ledger import batches, open_ledger, parallel
+from telephone import noise
+from telephone.channel import CODEC_TYPES, apply_pcm, draw, load_config
+
+POOL = 200  # utterances that babble is made of
+SHORTEST_S = 0.1
+NARROWING = ("preset", "codec_type", "low_freq", "high_freq", "snr_db_min", "snr_db_max", "no_noise", "no_codec")
+Job = dict[str, Any]
+
+
+def get_args() -> argparse.Namespace:
+    """Command line of the helper."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--input", type=Path, help="JSONL with key, source, target[, channel, start, end], or a Kaldi folder.")
+    add("--output", type=Path, required=True, help="JSONL to write.")
+    add("--output_audio_dir", type=Path, required=True, help="Folder for the audio, in a sub-folder per output.")
+    add("--audio_key", default="source", help="Field of a row that names the audio file.")
+    add("--target_fs", type=int, default=8000, help="Sampling rate of the call; a telephone has 8000.")
+    add("--output_fs", type=int, default=16000, choices=[8000, 16000], help="Sampling rate of the audio written.")
+    add("--audio_format", default="flac", choices=["flac", "wav"], help="FLAC is half as big, WAV is faster.")
+    add("--config", type=Path, default=Path("conf/telephone_channel.yaml"), help="Distributions to draw from.")
+    add("--preset", help="A preset of the config, for instance clean-pcma.")
+    add("--codec_type", choices=sorted(CODEC_TYPES), help="Use this codec in every call.")
+    add("--low_freq", type=float, help="Lower edge of a plain band-pass in Hz, in place of the send responses.")
+    add("--high_freq", type=float, help="Upper edge of a plain band-pass in Hz, in place of the send responses.")
+    add("--snr_db_min", type=float, help="Lowest signal-to-noise ratio of background noise in dB.")
+    add("--snr_db_max", type=float, help="Highest signal-to-noise ratio of background noise in dB.")
+    add("--bg_noise_scp", type=Path, help="Kaldi wav.scp of noise recordings to use as background noise.")
+    add("--no_noise", action="store_true", help="No background noise, line noise, hum or echo.")
+    add("--no_codec", action="store_true", help="No codec and no packet loss.")
+    add("--no_speech_probe", type=int, metavar="N", help="Write N calls without speech instead of reading --input.")
+    add("--max_reject_ratio", type=float, default=0.05, help="Fail when more than this share of the rows is bad.")
+    add("--seed", type=int, default=0, help="Another seed draws other channels.")
+    add("--num_workers", type=int, default=1, help="Local processes.")
+    add("--dask_scheduler", help="Use the Dask cluster of this scheduler, tcp://host:port, instead.")
+    args = parser.parse_args()
+    if (args.input is None) == (args.no_speech_probe is None):
+        parser.error("give --input, or --no_speech_probe N")
+    if args.target_fs != 8000:
+        parser.error("--target_fs: a telephone call has 8000 Hz; the audio written has --output_fs")
+    if not 0 <= args.max_reject_ratio <= 1 or args.num_workers < 1 or (args.no_speech_probe or 1) < 1:
+        parser.error("--max_reject_ratio is from 0 to 1, --num_workers and --no_speech_probe at least 1")
+    return args
+
+
+def simulate_row(row: dict[str, Any], job: Job) -> dict[str, Any]:
+    """Simulate one utterance and write its audio; return the output row. Raises audio.AudioError."""
+    plan = draw(job["config"], job["seed"], row["key"])
+    if "probe" in row:
+        samples, fs = noise.render_probe(row["probe"], plan), 8000
+    else:
+        if isinstance(row.get("channel"), dict):
+            raise audio.AudioError("already_simulated", "the row's channel is that of a simulated call")
+        samples, fs = audio.read(row["source"], row.get("channel"), row.get("start"), row.get("end"))
+        if samples.size < SHORTEST_S * fs:
+            raise audio.AudioError("too_short", f"{samples.size / fs:.4f} s")
+    babble = noise.babble_source(job["pool"], row["key"]) if job["pool"] else None
+    own = noise.file_source(job["noises"]) if job["noises"] else None
+    call = apply_pcm(job["config"], plan, samples, fs, job["output_fs"], babble=babble, noise=own)
+    if "probe" not in row and plan["measured"]["sent_dbov"] is None:
+        raise audio.AudioError("silent", "no speech in the telephone band above the idle noise of a line")
+    path = Path(job["audio_dir"]) / f"{key_hash(row['key']) >> 56:02x}" / audio.file_name(row["key"], job["suffix"])
+    audio.write(path, call, job["output_fs"])
+    out = {name: value for name, value in row.items() if name not in ("channel", "start", "end", "probe")}
+    if "probe" not in row:
+        cut = {f"wideband_{name}": row[name] for name in ("channel", "start", "end") if row.get(name) is not None}
+        out |= {"wideband_source": row["source"], **cut}
+    return out | {"source": str(path), "channel": plan}
+
+
+def simulate_part(job: Job, numbered: tuple[int, list[Entry]]) -> str:
+    """Simulate some rows of the input into a part file, and return its path; a finished part is kept.
+
+    The part file appears after all audio of its rows, and goes before any of it is written anew: audio is
+    reused only under a part that names these very rows and settings, and with the sizes noted there.
+    """
+    index, entries = numbered
+    part = Path(job["parts"]) / f"{index:06d}.json"
+    stamps = [_stamp(entry.row["source"]) for entry in entries if entry.row and "source" in entry.row]
+    identity = hashlib.sha256(json.dumps([job["identity"], entries, stamps]).encode()).hexdigest()
+    if _is_finished(part, identity):
+        return str(part)
+    part.unlink(missing_ok=True)
+    rows, rejected = [], []
+    for entry in entries:
+        try:
+            if entry.row is None:
+                raise audio.AudioError(entry.reason, entry.detail)
+            if key_hash(entry.row["key"]) in job["duplicates"]:
+                raise audio.AudioError("duplicate_key", "another row has this key")
+            rows.append(simulate_row(entry.row, job))
+        except audio.AudioError as error:
+            rejected.append([entry.given, error.reason, str(error)])
+    sizes = [_stamp(row["source"])[0] for row in rows]
+    with atomic_write(part) as file:
+        json.dump({"identity": identity, "rows": rows, "sizes": sizes, "rejected": rejected}, file, ensure_ascii=False)
+    return str(part)
+
+
+def _is_finished(part: Path, identity: str) -> bool:
+    if not part.is_file():
+        return False
+    done = json.loads(part.read_text(encoding="utf-8"))
+    return done["identity"] == identity and done["sizes"] == [_stamp(row["source"])[0] for row in done["rows"]]
+
+
+def _stamp(path: str) -> list[int]:
+    """Size and time of a file; of a missing one, -1."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return [-1, -1]
+    return [found.st_size, found.st_mtime_ns]
+
+
+def key_hash(key: str) -> int:
+    """64 bits of a key, the same everywhere: for an order by chance, and to see duplicates in little memory."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
+
+
+def read_entries(args: argparse.Namespace) -> Iterator[Entry]:
+    """The rows of the input, or those of calls without speech."""
+    if args.no_speech_probe:
+        for number in range(args.no_speech_probe):
+            row = {"key": f"no_speech_{number:06d}", "target": "", "probe": noise.PROBES[number % len(noise.PROBES)]}
+            yield Entry(row, row)
+        return
+    base = args.input.resolve().parent
+    for entry in read_rows(args.input):
+        if args.audio_key != "source" and isinstance(entry.given, dict):
+            entry = check_row({**entry.given, "source": entry.given.get(args.audio_key)}, base)
+        yield entry._replace(row={**entry.given, **entry.row}) if entry.row else entry
+
+
+def survey(entries: Iterator[Entry]) -> tuple[int, list[int], list[noise.Recording]]:
+    """One pass over the input: rows, hashes of keys that occur twice, and the utterances babble is made of."""
+    count, hashes = 0, array("Q")
+
+    def candidates() -> Iterator[tuple[int, noise.Recording]]:
+        nonlocal count
+        for entry in entries:
+            count += 1
+            if entry.row:
+                hashes.append(key_hash(entry.row["key"]))
+                if "source" in entry.row and not isinstance(entry.row.get("channel"), dict):
+                    yield key_hash(f"babble {entry.row['key']}"), noise.Recording.of(entry.row)
+
+    chosen = heapq.nsmallest(POOL + POOL // 2, candidates(), key=lambda pair: pair[0])
+    values, times = np.unique(np.frombuffer(hashes, dtype=np.uint64), return_counts=True)
+    pool = itertools.islice((voice for _, voice in chosen if _is_voice(voice)), POOL)
+    return count, [int(value) for value in values[times > 1]], list(pool)
+
+
+def _is_voice(voice: noise.Recording) -> bool:
+    try:
+        samples, fs = audio.read(voice.path, voice.channel, voice.start, voice.end)
+    except audio.AudioError:
+        return False
+    return samples.size >= fs / 2 and noise.active_level(samples, fs) > noise.SILENT_DBOV
+
+
+def make_job(args: argparse.Namespace) -> Job:
+    """Everything a worker needs besides its rows; `identity` is a hash of all that the audio depends on."""
+    narrowing = {name: getattr(args, name) for name in NARROWING}
+    load_config(args.config, **narrowing)  # a mistake there is told before a long manifest is read
+    noises = noise.read_scp(args.bg_noise_scp) if args.bg_noise_scp else []
+    count, duplicates, pool = survey(read_entries(args))
+    if count == 0:
+        raise UserError(f"--input {args.input} has no rows", code=1)
+    if pool:
+        rows = ({"key": voice.name, "source": voice.path, **voice.cut()} for voice in pool)
+        write_jsonl(args.output.with_name(f"babble_pool_{args.output.stem}.jsonl"), rows)
+    job: Job = {
+        "config": load_config(args.config, **narrowing, own_noise=bool(noises), no_babble=not pool),
+        "seed": args.seed, "output_fs": args.output_fs, "suffix": f".{args.audio_format}",
+        "count": count, "duplicates": duplicates, "pool": pool, "noises": noises,
+        "audio_dir": os.path.abspath(args.output_audio_dir / args.output.stem),
+        "parts": os.path.abspath(args.output.with_name(f".{args.output.stem}.parts")),
+    }  # fmt: skip
+    code = [file_hash(path) for path in sorted(Path(__file__).parent.glob("telephone/*.py"))]
+    libraries = [metadata.version(name) for name in ("av", "numpy", "scipy", "soundfile", "soxr")]
+    job["identity"] = hashlib.sha256(json.dumps([job, code, libraries]).encode()).hexdigest()
+    return job
+
+
+def main() -> None:
+    """Simulate the whole input."""
+    args = get_args()
+    job = make_job(args)
+    for stale in [*Path(job["audio_dir"]).glob("*/.*.tmp"), *Path(job["parts"]).glob(".*.tmp")]:
+        stale.unlink(missing_ok=True)  # what a killed run left half-written
+    size = min(max(job["count"] // 2000, 4), 64)  # rows a killed run may do twice
+    tasks = enumerate(batches(read_entries(args), size))
+    work = functools.partial(simulate_part, job)
+    with open_ledger(args.output, args.max_reject_ratio) as ledger:
+        parts = parallel(work, tasks, args.num_workers, args.dask_scheduler)
+        for part in progress(parts, -(-job["count"] // size), f"simulating, {size} rows each"):
+            done = json.loads(Path(part).read_text(encoding="utf-8"))
+            for row in done["rows"]:
+                ledger.keep(row)
+            for given, reason, detail in done["rejected"]:
+                ledger.reject(given, reason, detail)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,215 @@
+"""Stage -1: find or download the pretrained model, check that nothing of it is missing, write down where it is.
+
+    python local/download_model.py --model FunAudioLLM/Fun-ASR-Nano-2512 --output exp_output/model
+    python local/download_model.py --model /data/models/Fun-ASR-Nano-2512 --output exp_output/model
+
+Writes OUTPUT/model_dir.txt (the folder's absolute path) and OUTPUT/check.json (parameters by module, CTC present
+or not). FunASR itself starts from random weights, with a warning at most, when a file or a tensor is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from common import UserError, atomic_write, run, write_json
+
+CTC_PREFIXES = ("ctc_decoder.", "ctc.")
+HUBS = {"ModelScope": "https://www.modelscope.cn", "Hugging Face": "https://huggingface.co"}
+
+
+def get_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="A folder, or an id on ModelScope or Hugging Face.")
+    parser.add_argument("--output", type=Path, required=True, help="Folder for model_dir.txt and check.json.")
+    return parser.parse_args()
+
+
+# --- find
+
+
+def find_model(model: str) -> Path:
+    """The folder of a model: itself, in a cache of ModelScope's or Hugging Face's, or downloaded."""
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve()
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UserError(f"--model {model} is neither a folder nor an id of the form owner/name", code=2)
+    for folder in cached_folders(model):
+        if (folder / "config.yaml").is_file() and (folder / "model.pt").is_file():
+            logging.info("found %s", folder)
+            return folder.resolve()
+    return download(model)
+
+
+def cached_folders(model: str) -> Iterator[Path]:
+    """Every folder in which a release of modelscope or huggingface_hub would have put this model."""
+    owner, name = model.split("/")
+    # MODELSCOPE_CACHE has been the cache itself or its parent, and dots in names were written as ___ up to 1.37.
+    roots = [os.environ.get("MODELSCOPE_CACHE"), "~/.cache/modelscope"]
+    for root in [Path(root).expanduser() for root in roots if root]:
+        for layout in ("hub", "hub/models", "models", ""):
+            for written in dict.fromkeys((name, name.replace(".", "___"))):
+                yield root / layout / owner / written
+            yield from sorted((root / layout / f"{owner}--{name}" / "snapshots").glob("*"))
+    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
+    hub = Path(os.environ.get("HF_HUB_CACHE", hub)).expanduser()
+    yield from sorted((hub / f"models--{owner}--{name}" / "snapshots").glob("*"))
+
+
+def download(model: str) -> Path:
+    """Download from ModelScope, else from Hugging Face; raise UserError with the way round where neither answers."""
+    failures = []
+    for hub, address in HUBS.items():
+        # Without a network the hubs' own clients retry for half a minute before they say so.
+        if not reachable(address):
+            failures.append(f"{hub} does not answer")
+            continue
+        logging.info("downloading %s from %s, about 2 GB", model, hub)
+        if hub == "ModelScope":
+            from modelscope import snapshot_download
+        else:
+            from huggingface_hub import snapshot_download
+        try:
+            return Path(snapshot_download(model)).resolve()
+        except (OSError, ValueError) as error:  # what both clients' errors for network, id and access derive from
+            failures.append(f"{hub}: {str(error).splitlines()[0][:200]}")
+    name = model.split("/")[1]
+    cache = Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser() / "models" / model
+    raise UserError(
+        f"{model} is in no local cache and cannot be downloaded ({'; '.join(failures)}). On a connected machine run "
+        f"`modelscope download --model {model} --local_dir {name}`, then copy that folder to {cache} "
+        f"on this machine, or anywhere and give --model FOLDER"
+    )
+
+
+def reachable(address: str) -> bool:
+    """Whether an address answers within seconds, through the proxy of the environment where there is one."""
+    import requests
+
+    try:
+        requests.head(address, timeout=5, allow_redirects=False)
+    except requests.RequestException:
+        return False
+    return True
+
+
+# --- check
+
+
+def check_model(folder: Path) -> dict[str, Any]:
+    """Check a model folder against the model its config describes; return what check.json holds.
+
+    Raises UserError for a missing file, a tokenizer or checkpoint that does not load, a missing or misshapen tensor.
+    """
+    for name in ("config.yaml", "configuration.json", "model.pt"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} has no {name}: not a whole Fun-ASR-Nano folder; download it again")
+    config = read_config(folder)
+    tokenizer = check_tokenizer(folder, Path(config["llm_conf"]["init_param_path"]))
+    from nano import weights
+
+    state, lora = weights.load(folder / "model.pt")
+    if lora is not None:
+        raise UserError(f"{folder}/model.pt holds LoRA tensors; fold them first (local/interpolate.py fold)")
+    model = build_without_weights(folder, config)
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    # A tied tensor (embedding and output layer) may be saved under either of its names.
+    saved = {id(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name in state}
+    missing = sorted(name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in saved)
+    ctc_missing = [name for name in missing if name.startswith(CTC_PREFIXES)]
+    missing = [name for name in missing if not name.startswith(CTC_PREFIXES)]
+    wrong = [name for name in wanted.keys() & state.keys() if wanted[name] != tuple(state[name].shape)]
+    for names, what in ((missing, "lacks"), (sorted(wrong), "has in another shape than config.yaml says")):
+        if names:
+            raise UserError(f"{folder}/model.pt {what} {len(names)} tensors, first {names[0]}; download it again")
+    parameters: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        parameters[name.split(".")[0]] += parameter.numel()
+    return {
+        "model_dir": str(folder),
+        "model": config["model"],
+        "ctc": bool(config.get("ctc_decoder")) and not ctc_missing,
+        "parameters": dict(sorted(parameters.items())),
+        "tensors": len(wanted),
+        "tensors_not_in_model": sorted(state.keys() - wanted.keys()),
+        "tokenizer": tokenizer,
+    }
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.yaml as FunASR reads it: configuration.json makes its relative paths absolute."""
+    from funasr.download.download_model_from_hub import download_model
+
+    try:
+        config = download_model(model=str(folder), hub="ms", disable_update=True)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise UserError(f"{folder}: config.yaml or configuration.json cannot be read: {error}") from error
+    parts = ("audio_encoder", "audio_adaptor", "llm_conf", "frontend", "dataset_conf")
+    absent = [name for name in parts if not config.get(name)]
+    if absent:
+        raise UserError(f"{folder}/config.yaml says nothing of {', '.join(absent)}: not a Fun-ASR-Nano folder")
+    return config
+
+
+def check_tokenizer(folder: Path, llm_folder: Path) -> dict[str, Any]:
+    """Load the LLM's tokenizer from inside the folder."""
+    from transformers import AutoTokenizer
+
+    if not llm_folder.is_absolute():
+        raise UserError(f"{folder}: the LLM folder {llm_folder} (tokenizer, config.json) is not there, or "
+                        "configuration.json does not name it under file_path_metas; download the model again")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(llm_folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # by file missing or damaged
+        raise UserError(f"{llm_folder}: the tokenizer does not load ({str(error).splitlines()[0][:160]}); "
+                        "download the model again") from error
+    if not tokenizer("你好")["input_ids"]:
+        raise UserError(f"{llm_folder}: the tokenizer makes no tokens of 你好; download the model again")
+    return {"folder": str(llm_folder), "size": len(tokenizer)}
+
+
+def build_without_weights(folder: Path, config: dict[str, Any]) -> torch.nn.Module:
+    """The model that config.yaml describes, with shapes but no memory for its tensors."""
+    from funasr.auto.auto_model import deep_update
+    from funasr.register import tables
+
+    if config.get("ctc_decoder"):
+        vocabulary = config["dataset_conf"].get("ctc_tokenizer_conf", {}).get("vocab_path")
+        if not vocabulary or not os.path.isfile(vocabulary):
+            raise UserError(f"{folder}: the CTC vocabulary (multilingual.tiktoken) is not there, or configuration.json "
+                            "does not name it under file_path_metas; download the model again")
+    model_class = tables.model_classes.get(config["model"])
+    if model_class is None:
+        raise UserError(f"{folder}/config.yaml: FunASR has no model {config['model']}; this recipe is for FunASRNano")
+    frontend = tables.frontend_classes.get(config["frontend"])(**config.get("frontend_conf", {}))
+    arguments: dict[str, Any] = {}
+    deep_update(arguments, config.get("model_conf", {}))
+    deep_update(arguments, {**config, "input_size": frontend.output_size(), "vocab_size": -1})
+    with torch.device("meta"):
+        return model_class(**arguments)
+
+
+def main() -> None:
+    args = get_args()
+    found = check_model(find_model(args.model))
+    write_json(args.output / "check.json", found)
+    with atomic_write(args.output / "model_dir.txt") as file:
+        file.write(found["model_dir"] + "\n")
+    millions = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in found["parameters"].items())
+    logging.info("%s: %d tensors, all there; %s", found["model_dir"], found["tensors"], millions)
+    if not found["ctc"]:
+        logging.warning("no CTC weights (the Hugging Face release has none): no time stamps, stage 2 trains CTC anew")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,180 @@
+"""Write the final model as a folder that stock funasr.AutoModel loads without this repository.
+
+    python local/export_model.py --model_dir exp_output/model --checkpoint exp_output/eval/checkpoints/final.pt \
+        --summary exp_output/eval/summary.json --output exp_output/final_model
+
+The folder holds what the source folder's configuration.json names (configuration, tokenizers), model.pt with LoRA
+folded in the source's number formats, README.md with the lines that load it, and MODEL_CARD.md made from the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from common import UserError, file_hash, run
+from nano import weights
+
+README = """# {name}
+
+Fun-ASR-Nano adapted to telephone speech. MODEL_CARD.md says how well it does and how it was made.
+
+```python
+from funasr import AutoModel
+model = AutoModel(model="{name}", disable_update=True)
+print(model.generate("call.wav", itn={itn})[0]["text"])
+```
+
+Run it where {name}/ lies. It needs `pip install funasr=={funasr} transformers tiktoken`, and torchaudio for the time
+stamps of its CTC branch; without torchaudio, or to decode in batches, add `ctc_decoder=None` to `AutoModel(...)`.
+
+- It hears audio at {fs} Hz. Upsample 8 kHz calls with a good resampler (soxr, SoX) rather than leave it to FunASR,
+  whose filter depends on what is installed.
+- `itn={itn}` gives the prompt it was trained with.
+- vLLM: `from funasr.auto.auto_model_vllm import AutoModelVLLM; AutoModelVLLM(model="{name}").generate(["call.wav"])`.
+  It takes the LLM's weights out of model.pt into Qwen3-0.6B-vllm/ on first use.
+- Server with an OpenAI-style API (`pip install vllm fastapi uvicorn python-multipart`):
+  `funasr-server --model-path {name} --device cuda`.
+"""
+
+
+def get_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_dir", required=True, type=Path, help="Model folder that training started from.")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="Weights of the final model.")
+    parser.add_argument("--summary", required=True, type=Path, help="summary.json of the test sets.")
+    parser.add_argument("--output", required=True, type=Path, help="Folder to write; one that is there is replaced.")
+    parser.add_argument("--frontend_fs", type=int, default=16000, help="Rate trained with, Hz. Default: %(default)s.")
+    parser.add_argument("--text_style", choices=("written", "spoken"), default="written",
+                        help="How the corpus is written, which chose the prompt. Default: %(default)s.")
+    return parser.parse_args()
+
+
+def leaves(value: Any) -> Iterator[str]:
+    """The strings in a nested JSON value."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, str):
+        yield value
+
+
+def copy_configuration(source: Path, target: Path, frontend_fs: int) -> None:
+    """Copy everything FunASR reads from a model folder except the weights, and note the frontend trained with."""
+    try:
+        configuration = json.loads((source / "configuration.json").read_text("utf-8"))
+        config = yaml.safe_load((source / "config.yaml").read_text("utf-8"))
+        named = set(leaves(configuration["file_path_metas"])) - {"model.pt", "config.yaml"}
+    except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
+        raise UserError(f"{source} is not a whole model folder ({error!r}); run stage -1 again") from error
+    for name in sorted(named | {path.name for path in source.glob("LICEN[CS]E*")}):
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+        elif (source / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source / name, target / name)
+    # FunASR's default dither is noise in the features; training, decoding and scoring had none.
+    config["frontend_conf"] |= {"fs": frontend_fs, "dither": 0.0}
+    (target / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True, sort_keys=False), "utf-8")
+    shutil.copy2(source / "configuration.json", target / "configuration.json")
+
+
+def write_weights(model_dir: Path, checkpoint: Path, target: Path) -> None:
+    """Write model.pt: the checkpoint folded, each tensor in the number format the source folder has it in."""
+    source, state = weights.load_folded(model_dir / "model.pt"), weights.load_folded(checkpoint)
+    missing = sorted(source.keys() - state.keys())
+    if missing:
+        raise UserError(f"{checkpoint} lacks {len(missing)} tensors of {model_dir}/model.pt, first {missing[0]}")
+    state = {name: tensor.to(source[name].dtype) if name in source else tensor for name, tensor in state.items()}
+    # clone: FunASR hands the LLM to vLLM as safetensors, which refuses tied tensors that share their memory.
+    torch.save({name: tensor.clone() for name, tensor in state.items()}, target / "model.pt")
+
+
+def check_loads(folder: Path) -> None:
+    """Load the folder as a user would and compare every tensor: FunASR leaves what it cannot load at random."""
+    from funasr import AutoModel
+
+    loaded = AutoModel(model=str(folder), disable_update=True, device="cpu", ncpu=torch.get_num_threads()).model
+    state = weights.load_folded(folder / "model.pt")
+    for name, tensor in loaded.state_dict().items():
+        if name not in state or not torch.equal(tensor, state[name].to(tensor.dtype)):
+            raise UserError(f"{folder}: FunASR did not load {name}; is the model folder complete? run stage -1 again")
+
+
+def model_card(args: argparse.Namespace, summary: list[dict[str, Any]]) -> str:
+    """A model card out of the scores and the run records of the training stages."""
+    lines = [
+        f"# Model card: {args.output.name}", "",
+        f"Made {datetime.date.today()} from {args.model_dir}, funasr {version('funasr')}, torch {version('torch')}.",
+        "Intended for Mandarin 8 kHz telephone calls upsampled to the frontend's rate; other use was not measured.",
+        "", "## Scores on test sets (percent; intervals are 95 %)", "",
+        "| test set | model | utterances | CER | interval | WER | KWER | characters a minute of no speech |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in summary:
+        if row["model"] in ("base", "final"):
+            rates = (row[name] for name in ("cer", "cer_low", "cer_high", "wer", "kwer"))
+            cer, low, high, wer, kwer = ("-" if rate is None else f"{100 * rate:.2f}" for rate in rates)
+            silence = "-" if row["chars_per_minute"] is None else f"{row['chars_per_minute']:.1f}"
+            lines.append(f"| {row['test_set']} | {row['model']} | {row['utterances']} | {cer} | {low} to {high} "
+                         f"| {wer} | {kwer} | {silence} |")
+    lines += ["", "## How it was made", ""]
+    choice = args.summary.parent / "interpolation.json"
+    if choice.is_file():
+        chosen = json.loads(choice.read_text("utf-8"))
+        share = chosen["alpha"]
+        lines.append(f"- {share:.2f} of the adapted model and {1 - share:.2f} of the base: {chosen['reason']}.")
+    for path in sorted(args.summary.parent.parent.glob("exp/*/*/run.json")):
+        record = json.loads(path.read_text("utf-8"))
+        lines.append(f"- {path.parent.name}: {record.get('rows_per_epoch')} rows per epoch, seed {record.get('seed')}, "
+                     f"commit {record.get('commit')}")
+    lines += [
+        f"- checkpoint {args.checkpoint.name}, sha256 {file_hash(args.checkpoint)}; frontend at {args.frontend_fs} Hz",
+        "", "## Limits", "",
+        "- The numbers hold for calls like those of the test sets. Other lines, handsets, dialects and topics differ.",
+        "- It can write text where nobody speaks (the last column) and can repeat itself; guard against both.", "",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = get_args()
+    try:
+        summary = json.loads(args.summary.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{args.summary}: {error}; run stage 4 first") from error
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    part = args.output.with_name(f".{args.output.name}.{os.getpid()}.tmp")
+    try:
+        part.mkdir()
+        copy_configuration(args.model_dir, part, args.frontend_fs)
+        write_weights(args.model_dir, args.checkpoint, part)
+        check_loads(part)
+        readme = README.format(
+            name=args.output.name, fs=args.frontend_fs, itn=args.text_style == "written", funasr=version("funasr"))
+        (part / "README.md").write_text(readme, "utf-8")
+        (part / "MODEL_CARD.md").write_text(model_card(args, summary), "utf-8")
+        if args.output.exists():
+            shutil.rmtree(args.output)
+        part.rename(args.output)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
+    logging.info("%s: %.1f MB, loads with funasr %s", args.output, size / 1e6, version("funasr"))
+
+
+if __name__ == "__main__":
+    run(main)

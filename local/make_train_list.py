@@ -1,0 +1,91 @@
+"""Write the list of utterances one stage trains on, so that what an epoch holds can be read.
+
+    python local/make_train_list.py --stage 1 --simulated DATA/simulated_8k_telephone --real DATA/real_8k_telephone \
+        --wideband DATA/wideband_16k --output trainlist.jsonl --valid_output valid.jsonl
+
+Each of the three is a folder with {train,dev}_formatted.jsonl. Stages 1 and 2: all simulated rows, real and wideband
+ones as shares of their count; stage 3: all real rows, simulated and wideband ones as shares. Shares are counts: with fewer
+rows than a share asks for, rows repeat, under keys key#2, key#3. Choice and order are a function of (seed, key).
+The dev list holds telephone speech only: it ranks checkpoints by what is to be recognised.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+from pathlib import Path
+from typing import Any
+
+from common import UserError, read_jsonl, run, write_jsonl
+
+
+def order(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    """Rows in an order that depends on (seed, key) alone."""
+    return sorted(rows, key=lambda row: hashlib.sha256(f"{seed}/{row['key']}".encode()).digest())
+
+
+def take(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` rows: each once in a drawn order, then each again as key#2, and so on."""
+    rows = order(rows, seed)
+    taken = []
+    for number in range(count):
+        turn, place = divmod(number, len(rows))
+        row = rows[place]
+        taken.append(row if turn == 0 else row | {"key": f"{row['key']}#{turn + 1}"})
+    return taken
+
+
+def mix(main: list[dict], shares: list[tuple[str, list[dict], float]], seed: int) -> list[dict]:
+    """All rows of `main`, and share x len(main) of each (name, rows, share). UserError for an empty source."""
+    if not main:
+        raise UserError("no training rows; see rejected_train.jsonl beside the formatted list of stage 0")
+    rows = list(main)
+    for name, source, share in shares:
+        count = round(share * len(main))
+        if count and not source:
+            raise UserError(f"{name} is {share} but there are no such rows; set --{name} 0 or run stage 0 with them", 2)
+        rows += take(source, count, seed)
+        logging.info("%s %s: %d of %d rows%s", name, share, count, len(source), " (repeated)" * (count > len(source)))
+    return order(rows, seed)
+
+
+def get_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True, help="Stage the list is for.")
+    parser.add_argument("--simulated", type=Path, required=True, help="Folder of the simulated telephone speech.")
+    parser.add_argument("--real", type=Path, required=True, help="Folder of the real calls.")
+    parser.add_argument("--wideband", type=Path, required=True, help="Folder of the wideband speech.")
+    parser.add_argument("--real_share", type=float, default=0.1, help="Stages 1, 2: real rows per simulated row.")
+    parser.add_argument("--wideband_replay", type=float, default=0.1, help="Wideband rows per row of the main source.")
+    parser.add_argument("--simulated_share", type=float, default=0.3, help="Stage 3: simulated rows per real row.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the choice and the order.")
+    parser.add_argument("--output", type=Path, required=True, help="Train list to write.")
+    parser.add_argument("--valid_output", type=Path, required=True, help="Dev list to write.")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = get_args()
+    for name in ("real_share", "wideband_replay", "simulated_share"):
+        if getattr(args, name) < 0:
+            raise UserError(f"--{name} {getattr(args, name)}: a share is 0 or more", code=2)
+    simulated, real, wideband = (
+        list(read_jsonl(folder / "train_formatted.jsonl")) for folder in (args.simulated, args.real, args.wideband)
+    )
+    replay = ("wideband_replay", wideband, args.wideband_replay)
+    if args.stage == 3:
+        rows = mix(real, [("simulated_share", simulated, args.simulated_share), replay], args.seed)
+    else:
+        rows = mix(simulated, [("real_share", real, args.real_share), replay], args.seed)
+    dev = [row for folder in (args.simulated, args.real) for row in read_jsonl(folder / "dev_formatted.jsonl")]
+    if args.stage == 3:
+        dev = list(read_jsonl(args.real / "dev_formatted.jsonl"))
+    if not dev:
+        raise UserError("the dev list is empty: no checkpoint could be chosen; see rejected_dev.jsonl of stage 0")
+    logging.info("stage %d: %d rows to train on, %d for dev", args.stage, write_jsonl(args.output, rows), len(dev))
+    write_jsonl(args.valid_output, dev)
+
+
+if __name__ == "__main__":
+    run(main)

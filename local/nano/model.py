@@ -1,0 +1,148 @@
+"""FunASRNano as this recipe trains it: plus a CTC loss, SpecAugment and frozen modules that stay frozen.
+
+Importing this module registers the class under FunASR's own name, so a model folder's `model: FunASRNano` builds it.
+What differs from funasr/models/fun_asr_nano/model.py (1.4.16):
+  * `forward` adds ctc_weight x CTC loss (encoder -> ctc_decoder -> ctc); upstream has none, so CTC weights never moved;
+  * frozen modules stay in eval mode when the trainer calls train(): upstream turned their dropout on;
+  * LoRA parameters are fp32 beside a bf16 LLM: in bf16 steps of 1e-5 are rounded away;
+  * logits are computed where a label is, not at all positions x 151,936 symbols. Same loss, less memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from funasr.models.fun_asr_nano import model as stock
+from funasr.models.fun_asr_nano.checkpoint_utils import disable_incomplete_ctc
+from funasr.register import tables
+from funasr.train_utils.device_funcs import force_gatherable
+
+IGNORE = -100
+
+
+@tables.register("model_classes", "FunASRNano")
+class FunASRNano(stock.FunASRNano):
+    """Training-time FunASRNano; inference is inherited unchanged."""
+
+    def __init__(self, specaug: str | None = None, specaug_conf: dict | None = None, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.specaug = tables.specaug_classes.get(specaug)(**(specaug_conf or {})) if specaug else None
+        # Upstream freezes ctc_decoder by its conf but has no switch for the output layer behind it.
+        if self.ctc_decoder is not None and kwargs.get("ctc_decoder_conf", {}).get("freeze", False):
+            self.ctc.requires_grad_(False)
+
+    def _apply_lora_to_llm(self, llm_conf: dict) -> None:
+        super()._apply_lora_to_llm(llm_conf)
+        for name, parameter in self.llm.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+
+    def on_pretrained_model_loaded(self, loaded_keys) -> None:
+        """Keep a CTC branch that is about to be trained although the checkpoint has no weights for it, and say so."""
+        if self.ctc_decoder is None:
+            return
+        if any(p.requires_grad for p in self.ctc.parameters()):
+            wanted = {f"{part}.{key}" for part in ("ctc_decoder", "ctc") for key in getattr(self, part).state_dict()}
+            missing = len(wanted - set(loaded_keys))
+            if missing:
+                logging.warning("the checkpoint lacks %d of %d CTC tensors: they start random", missing, len(wanted))
+        else:
+            disable_incomplete_ctc(self, loaded_keys, log=logging)
+
+    def train(self, mode: bool = True) -> FunASRNano:
+        """Set train mode for what is trained only.
+
+        Goes by train(False), never eval(): FunASR's LoRA layer folds itself into the frozen weight on its own eval().
+        """
+        super().train(mode)
+        if mode:
+            for module in self.modules():
+                own = list(module.parameters())
+                if own and not any(p.requires_grad for p in own):
+                    module.train(False)
+        return self
+
+    def forward(
+        self,
+        speech: torch.Tensor,
+        speech_lengths: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        labels_ids: torch.Tensor,
+        fbank_beg: torch.Tensor,
+        fake_token_len: torch.Tensor,
+        item: list[dict] | None = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """Loss of one batch of single-turn dialogues.
+
+        speech (batch, LFR frames, 560); speech_lengths (batch, 1) LFR frames; input_ids, attention_mask, labels_ids
+        (batch, tokens), padded with -1; fbank_beg, fake_token_len (batch, 1): where the speech tokens go and how many.
+        `item` are the rows, whose assistant text is the CTC target. Returns loss, statistics and the batch size.
+        """
+        if fbank_beg.shape[1] != 1:
+            raise ValueError(f"{fbank_beg.shape[1]} turns of speech in one row; this recipe trains on one")
+        lengths = speech_lengths[:, 0]
+        if self.specaug is not None and self.training:
+            speech, _unchanged = self.specaug(speech, lengths)
+        encoder_out, encoder_lens = self.encode(speech, lengths)
+        speech_tokens, _lens = self.audio_adaptor(encoder_out, encoder_lens)
+        embeddings = self.llm.model.get_input_embeddings()(input_ids.clamp(min=0))
+        embeddings = place_speech(embeddings, speech_tokens, fbank_beg[:, 0], fake_token_len[:, 0])
+
+        dtype = stock.dtype_map[self.llm_dtype]
+        with torch.autocast(embeddings.device.type, enabled=dtype != torch.float32, dtype=dtype):
+            hidden = self.llm.model(
+                inputs_embeds=embeddings.to(dtype), attention_mask=attention_mask.clamp(min=0), use_cache=False
+            ).last_hidden_state
+            # Position t predicts token t + 1; -1 is the collator's padding.
+            labels = labels_ids[:, 1:].masked_fill(labels_ids[:, 1:] == -1, IGNORE)
+            labelled = labels != IGNORE
+            logits = self.llm.lm_head(hidden[:, :-1][labelled])
+        targets = labels[labelled]
+        loss_llm = torch.nn.functional.cross_entropy(logits.float(), targets)
+        loss = loss_llm
+        stats = {"loss_llm": loss_llm.detach(), "acc": (logits.detach().argmax(-1) == targets).float().mean()}
+
+        if self._ctc_learns(encoder_out):
+            loss_ctc = self._ctc_loss(encoder_out, encoder_lens, [row["assistant"][0] for row in item])
+            loss = loss + self.ctc_weight * loss_ctc
+            stats["loss_ctc"] = loss_ctc.detach()
+        stats["loss"] = loss.detach()
+        stats["batch_size"] = len(input_ids)
+        return force_gatherable((loss, stats, len(input_ids)), loss.device)
+
+    def _ctc_learns(self, encoder_out: torch.Tensor) -> bool:
+        """Whether the CTC loss has a weight and something to train; in validation, whether training has."""
+        if self.ctc_decoder is None or not self.ctc_weight:
+            return False
+        reaches_encoder = not self.detach_ctc_decoder and any(p.requires_grad for p in self.audio_encoder.parameters())
+        return reaches_encoder or any(p.requires_grad for p in self.ctc.parameters())
+
+    def _ctc_loss(self, encoder_out: torch.Tensor, lengths: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        source = encoder_out.detach() if self.detach_ctc_decoder else encoder_out
+        decoded, decoded_lens = self.ctc_decoder(source, lengths)
+        log_probs = self.ctc.log_softmax(decoded).transpose(0, 1).float()
+        encoded = [self.ctc_tokenizer.encode(text) for text in texts]
+        targets = torch.tensor([token for text in encoded for token in text], device=source.device)
+        target_lens = torch.tensor([len(text) for text in encoded], device=source.device)
+        # An utterance with more symbols than frames has no alignment; it would turn the whole batch infinite.
+        return torch.nn.functional.ctc_loss(
+            log_probs, targets, decoded_lens, target_lens, blank=self.blank_id, zero_infinity=True
+        )
+
+
+def place_speech(
+    embeddings: torch.Tensor, speech: torch.Tensor, begin: torch.Tensor, count: torch.Tensor
+) -> torch.Tensor:
+    """Put row b's first count[b] speech vectors at positions begin[b], ... of its token embeddings.
+
+    embeddings (batch, tokens, dim), speech (batch, frames, dim), begin and count (batch,). Without a Python loop
+    over the batch, which upstream has, and without waiting for the GPU.
+    """
+    offset = torch.arange(embeddings.shape[1], device=embeddings.device)[None, :] - begin[:, None]
+    inside = (offset >= 0) & (offset < count[:, None])
+    index = offset.clamp(0, speech.shape[1] - 1)[:, :, None].expand(-1, -1, speech.shape[2])
+    return torch.where(inside[:, :, None], speech.to(embeddings.dtype).gather(1, index), embeddings)

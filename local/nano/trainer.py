@@ -1,0 +1,167 @@
+"""FunASR's Trainer with what it lacks: a CPU, checkpoints that are whole or absent, averaging that leaves frozen alone.
+
+Set as `funasr.bin.train_ds.Trainer` by local/train.py. What differs from funasr/train_utils/trainer_ds.py (1.4.16):
+  * `device` is "cpu" where there is no GPU; upstream's main() sets it to a GPU number;
+  * a checkpoint is written once, under a temporary name, then linked to its other names; upstream writes it up to
+    three times in place, and a torn model.pt is a traceback at every later start;
+  * a checkpoint inside an epoch counts its steps from the epoch's start, so a second resume repeats no data;
+  * the average of the best checkpoints takes frozen tensors from the initial checkpoint: averaging rounds them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from funasr.train_utils import trainer_ds as stock
+
+
+class Trainer(stock.Trainer):
+    """Upstream's Trainer; `initial` is the checkpoint training started from, `lora` what averaged.pt says of LoRA."""
+
+    initial: str
+    lora: dict | None
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.trainable: set[str] = set()
+
+    @property
+    def device(self) -> Any:
+        """The GPU number FunASR sets, or "cpu" where there is none."""
+        return self._device if torch.cuda.is_available() else "cpu"
+
+    @device.setter
+    def device(self, value: Any) -> None:
+        self._device = value
+
+    def warp_model(self, model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
+        """Note what is trained, write it beside run.json, then wrap the model for its device and processes."""
+        self.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        if self.rank == 0:
+            write_parameters(model, Path(self.output_dir) / "parameters.json")
+        if self.use_ddp and not torch.cuda.is_available():
+            return torch.nn.parallel.DistributedDataParallel(model)
+        return super().warp_model(model, **kwargs)
+
+    def save_checkpoint(
+        self, epoch: int, step: int | None = None, model=None, optim=None, scheduler=None, scaler=None,
+        step_in_epoch: int | None = None, **kwargs: Any,
+    ) -> None:
+        """Save everything a resume needs as model.pt.ep<epoch>[.<step>] and model.pt; drop the worst beyond n-best."""
+        if self.use_deepspeed or self.use_fsdp:
+            super().save_checkpoint(epoch, step, model, optim, scheduler, scaler, step_in_epoch, **kwargs)
+            return
+        if self.rank == 0:
+            inside = step is not None
+            name = f"model.pt.ep{epoch}.{step_in_epoch}" if inside else f"model.pt.ep{epoch}"
+            discard = self._rank_checkpoint(name)
+            state = {
+                "epoch": epoch,
+                "state_dict": (model.module if hasattr(model, "module") else model).state_dict(),
+                "optimizer": optim.state_dict(),
+                "scheduler": scheduler.state_dict(),
+                "step": step_in_epoch if inside else None,
+                "step_in_epoch": step_in_epoch if inside else None,
+                "data_split_i": kwargs.get("data_split_i", 0),
+                "data_split_num": kwargs.get("data_split_num", 1),
+                "train_loss_avg": kwargs.get("train_loss_avg", 0.0),
+                "train_acc_avg": kwargs.get("train_acc_avg", 0.0),
+                **{field: getattr(self, field) for field in (
+                    "saved_ckpts", "val_acc_step_or_epoch", "val_loss_step_or_epoch",
+                    "best_step_or_epoch", "avg_keep_nbest_models_type", "batch_total",
+                )},
+            }
+            if scaler:
+                state["scaler_state"] = scaler.state_dict()
+            folder = Path(self.output_dir)
+            save_atomically(state, folder / name)
+            for link in ["model.pt"] + ["model.pt.best"] * (self.best_step_or_epoch == name):
+                link_atomically(folder / name, folder / link)
+            for old in discard:
+                (folder / old).unlink(missing_ok=True)
+            logging.info("Checkpoint saved to %s", folder / name)
+        if self.use_ddp:
+            stock.dist.barrier()
+
+    def _rank_checkpoint(self, name: str) -> list[str]:
+        """Enter a checkpoint in the n-best list by its validation metric; return the files that fall out.
+
+        The previous checkpoint of the running epoch falls out too: it was for resuming only.
+        """
+        loss_ranks = self.avg_keep_nbest_models_type == "loss"
+        scores = self.val_loss_step_or_epoch if loss_ranks else self.val_acc_step_or_epoch
+        keep = {saved: scores[saved] for saved in [*self.saved_ckpts, name] if saved in scores}
+        order = sorted(keep, key=keep.get, reverse=not loss_ranks)
+        if order:
+            self.best_step_or_epoch = order[0]
+        kept = order[: self.keep_nbest_models]
+        self.saved_ckpts = {saved: keep[saved] for saved in kept}
+        on_disk = {path.name for path in Path(self.output_dir).glob("model.pt.ep*")}
+        return sorted(on_disk - set(kept) - {name})
+
+    def close(self, writer: Any = None) -> None:
+        """Average the best checkpoints into averaged.pt, then close upstream's way."""
+        if self.rank == 0 and not self.use_deepspeed:
+            folder = Path(self.output_dir)
+            best = sorted(self.saved_ckpts, key=self.saved_ckpts.get, reverse=self.avg_keep_nbest_models_type != "loss")
+            best = best[: self.avg_nbest_model]
+            state = average([folder / name for name in best], self.trainable, Path(self.initial))
+            save_atomically({"state_dict": state, "lora": self.lora, "averaged": best}, folder / "averaged.pt")
+            logging.info("averaged.pt is the mean of %s", ", ".join(best))
+        super().close(writer)
+
+
+def average(checkpoints: list[Path], trainable: set[str], initial: Path) -> dict[str, torch.Tensor]:
+    """Mean of the trainable tensors over the checkpoints, in fp32; all else bit for bit from `initial`.
+
+    A frozen tensor that `initial` lacks (an untrained CTC branch) is taken from the last checkpoint.
+    """
+    if not checkpoints:
+        raise RuntimeError("no validated checkpoint to average; is the dev list empty or its loss not finite?")
+    states = [torch.load(path, map_location="cpu", mmap=True)["state_dict"] for path in checkpoints]
+    start = torch.load(initial, map_location="cpu", mmap=True)
+    start = start.get("state_dict", start)
+    averaged = {}
+    for name, last in states[-1].items():
+        if name in trainable:
+            mean = torch.stack([state[name].float() for state in states]).mean(0)
+            averaged[name] = mean.to(last.dtype)
+        else:
+            averaged[name] = start[name].to(last.dtype) if name in start else last
+    return averaged
+
+
+def save_atomically(state: Any, path: Path) -> None:
+    """torch.save under a temporary name, then rename: a checkpoint is whole or absent."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def link_atomically(path: Path, link: Path) -> None:
+    """Give a finished file a second name, replacing what had it."""
+    temporary = link.with_name(f".{link.name}.link")
+    temporary.unlink(missing_ok=True)
+    os.link(path, temporary)
+    os.replace(temporary, link)
+
+
+def write_parameters(model: torch.nn.Module, path: Path) -> None:
+    """Write {"module": {"parameters", "trainable"}} of the model's top modules as JSON, and log the trainable ones."""
+    counts: dict[str, dict[str, int]] = {}
+    for name, parameter in model.named_parameters():
+        module = "lora" if "lora_" in name else name.split(".")[0]
+        count = counts.setdefault(module, {"parameters": 0, "trainable": 0})
+        count["parameters"] += parameter.numel()
+        count["trainable"] += parameter.numel() * parameter.requires_grad
+    path.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
+    trained = [f"{module} {count['trainable']:,}" for module, count in counts.items() if count["trainable"]]
+    logging.info("trainable parameters: %s", ", ".join(trained))

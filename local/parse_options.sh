@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# The options of run_experiment.sh: sourced by it, from the repository root. Every NAME=default line of
+# conf/experiment.conf is an option --name; command line beats environment beats --config FILE beats that file.
+
+option_help() {
+  awk '/^#/ { comment = substr($0, 3) }
+       /^[A-Z]/ { value = $0; sub(/^[^=]*=/, "", value); name = $0; sub(/=.*/, "", name)
+                  printf "  --%s %s\n      %s\n", tolower(name), value, comment }' conf/experiment.conf
+}
+
+fail() {  # one line for a mistake of the user's; nothing was done
+  echo "error: $1" >&2
+  exit "${2:-2}"
+}
+
+parse_options() {  # -> STAGE STOP_STAGE and every variable of conf/experiment.conf
+  local name config="" positional=()
+  local -A given=()
+  mapfile -t OPTIONS < <(sed -n 's/^\([A-Z][A-Z0-9_]*\)=.*/\1/p' conf/experiment.conf)
+  for name in "${OPTIONS[@]}"; do
+    if [[ -n ${!name+set} ]]; then given[$name]=${!name}; fi
+  done
+  while (($#)); do
+    if [[ $1 != --* ]]; then positional+=("$1"); shift; continue; fi
+    if [[ $1 == *=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
+    name=${1#--} name=${name//-/_} name=${name^^}
+    is_option "$name" || [[ $name == CONFIG ]] || fail "unknown option $1; --help lists them"
+    (($# >= 2)) || fail "$1 needs a value"
+    if [[ $name == CONFIG ]]; then config=$2; else given[$name]=$2; fi
+    shift 2
+  done
+  ((${#positional[@]} >= 1)) || fail "no stage given; --help shows how"
+  ((${#positional[@]} <= 2)) || fail "stray argument '${positional[2]}': expected <stage> [stop_stage] and options"
+  STAGE=${positional[0]} STOP_STAGE=${positional[1]:-${positional[0]}}
+
+  local file
+  for file in conf/experiment.conf ${config:+"$config"}; do
+    check_config "$file"
+    set_given  # before, so that the file may build on them: RAW_16K_TRAIN="$EXP_OUTPUT/corpus/train.jsonl"
+    # shellcheck source=conf/experiment.conf
+    source "$file"
+  done
+  set_given
+}
+
+is_option() { [[ " ${OPTIONS[*]} " == *" $1 "* ]]; }
+
+set_given() {
+  local name
+  for name in "${!given[@]}"; do printf -v "$name" %s "${given[$name]}"; done
+}
+
+check_config() {  # every line is a comment or sets a known option
+  [[ -f $1 ]] || fail "--config $1 does not exist"
+  local line
+  while IFS= read -r line || [[ -n $line ]]; do
+    [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
+    [[ $line =~ ^([A-Z][A-Z0-9_]*)= ]] || fail "$1: '$line' is not NAME=value"
+    is_option "${BASH_REMATCH[1]}" || fail "$1: unknown option ${BASH_REMATCH[1]}; --help lists them"
+  done <"$1"
+}
+
+check_options() {  # all that can be checked before anything is done
+  local name value
+  for value in "$STAGE" "$STOP_STAGE"; do
+    [[ $value =~ ^(-1|[0-5])$ ]] || fail "stage '$value' is not an integer from -1 to 5"
+  done
+  ((STOP_STAGE >= STAGE)) || fail "stop stage $STOP_STAGE is before stage $STAGE"
+  for name in EXP_OUTPUT MODEL ALPHAS; do [[ -n ${!name} ]] || fail "--${name,,} is empty"; done
+  for name in SEED NNODES NODE_RANK MASTER_PORT MAX_SPEECH_LENGTH ${NGPU:+NGPU} ${NUM_WORKERS:+NUM_WORKERS}; do
+    [[ ${!name} =~ ^[0-9]+$ ]] || fail "--${name,,} '${!name}' is not a whole number"
+  done
+  for name in REAL_SHARE WIDEBAND_REPLAY SIMULATED_SHARE MAX_REJECT_RATIO MAX_WIDEBAND_LOSS; do
+    [[ ${!name} =~ ^[0-9]*\.?[0-9]+$ ]] || fail "--${name,,} '${!name}' is not a number of at least 0"
+  done
+  for value in $ALPHAS; do
+    [[ $value =~ ^(0?\.[0-9]+|1|1\.0*)$ ]] || fail "--alphas '$ALPHAS': expected numbers over 0, up to 1"
+  done
+  one_of FORCE true false; one_of REPORT_AUDIO true false
+  one_of TEXT_STYLE written spoken; one_of FRONTEND_FS 16000 8000
+  if [[ -z $PYTHON ]]; then PYTHON=python3; [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python; fi
+  command -v "$PYTHON" >/dev/null || fail "--python $PYTHON is not there; \`make setup\` makes .venv/bin/python"
+  [[ -z $STAGE_OVERLAY_DIR || -d $STAGE_OVERLAY_DIR ]] || fail "--stage_overlay_dir $STAGE_OVERLAY_DIR is not a folder"
+  needs_path INIT_CHECKPOINT CHANNEL_CONF FILTER_CONF KEYWORDS BG_NOISE_SCP
+  if ((STAGE <= 0 && STOP_STAGE >= 0)); then
+    for name in RAW_16K_TRAIN RAW_16K_DEV REAL_8K_TRAIN REAL_8K_DEV; do
+      [[ -n ${!name} ]] || fail "stage 0 needs --${name,,}: a JSONL or a Kaldi folder"
+    done
+    needs_path RAW_16K_TRAIN RAW_16K_DEV RAW_16K_TEST REAL_8K_TRAIN REAL_8K_DEV REAL_8K_TEST
+  fi
+}
+
+one_of() { [[ " ${*:2} " == *" ${!1} "* ]] || fail "--${1,,} '${!1}': expected ${*:2}"; }
+
+needs_path() {  # each option, where it is set, names a file with something in it or a folder
+  local name
+  for name; do
+    [[ -z ${!name} || -e ${!name} ]] || fail "--${name,,} ${!name} does not exist"
+    [[ -z ${!name} || -d ${!name} || -s ${!name} ]] || fail "--${name,,} ${!name} is empty"
+  done
+}

@@ -1,0 +1,208 @@
+"""Stage 0 around the simulator: filter a corpus, split dev from test, write FunASR-Nano rows, validate them.
+
+    python local/prepare_training_data.py filter --input corpus.jsonl --output work/raw_train.jsonl --split train
+    python local/prepare_training_data.py split --input work/raw_dev.jsonl --dev dev.jsonl --test test.jsonl
+    python local/prepare_training_data.py convert --input work/real_train.jsonl --output train_formatted.jsonl \
+        --output_audio_dir audio_upsampled --do_upsample --tokenizer MODEL_DIR/Qwen3-0.6B
+    python local/prepare_training_data.py validate --input train_formatted.jsonl dev_formatted.jsonl
+
+Every row that goes in comes out in the output or, with a reason code, in rejected_<output's stem>.jsonl beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import audio
+from common import UserError, file_hash, progress, read_jsonl, run, write_jsonl
+from corpus import Entry, count_rows, group_rows, hash_share, read_rows
+from corpus_filter import filter_corpus
+from ledger import Resume, batches, is_older, open_ledger, parallel
+from stage0_report import stats, validate
+from telephone.resample import resample
+
+PROMPTS = {"written": "语音转写：", "spoken": "语音转写，不进行文本规整："}
+CARRIED = ("channel", "raw_target", "speaker", "call", "corpus", "language", "wideband_source")
+
+
+def split(args: argparse.Namespace) -> None:
+    """Cut a dev set in two halves that share no call, no speaker and no recording."""
+    rows = list(read_jsonl(args.input))
+    groups = group_rows(rows, ("call", "speaker") if args.by == "auto" else (args.by,))
+    if len(groups) < 2:
+        raise UserError(
+            f"{args.input}: all {len(rows)} rows hang together by {args.by} (auto: call and speaker), "
+            "so they cannot be cut in two; give a test set of its own, or another --by"
+        )
+    halves: tuple[list[int], list[int]] = ([], [])
+    # The largest first, each to the smaller half; ties by a hash, so that no order of the file matters.
+    for group in sorted(groups, key=lambda group: (-len(group), min(hash_share(rows[i]["key"]) for i in group))):
+        min(halves, key=len).extend(group)
+    for path, half in zip((args.dev, args.test), halves, strict=True):
+        write_jsonl(path, (rows[i] for i in sorted(half)))
+    logging.info("%s: %d rows in, %d dev, %d test, %d groups", args.input, len(rows), *map(len, halves), len(groups))
+
+
+def convert(args: argparse.Namespace) -> None:
+    """Write formatted rows, and the audio of those that training cannot read in place."""
+    folder = Path(args.output_audio_dir or Path(args.output).parent / "audio")
+    # Train and dev of one corpus share the folder, and a stranger's keys may repeat between them.
+    folder /= Path(args.output).stem.removesuffix("_formatted")
+    resume = Resume(folder, f"{file_hash(args.input)} {args.output_fs} {args.do_upsample}")
+    count = text_lengths(args.tokenizer)
+    work = functools.partial(
+        to_training_audio, folder=folder, fs=args.output_fs, upsample=args.do_upsample, since=resume.since
+    )
+    with open_ledger(args.output, args.max_reject_ratio) as ledger:
+        done = parallel(work, _unique(read_rows(args.input)), args.num_workers, args.dask_scheduler)
+        for batch in batches(progress(done, count_rows(args.input), "convert"), 1000):
+            rows = [entry.row for entry in batch if entry.row]
+            for entry in batch:
+                if not entry.row:
+                    ledger.reject(entry.given, entry.reason, entry.detail)
+            for row, tokens in zip(rows, count([row["target"] for row in rows]), strict=True):
+                ledger.keep(format_row(row, tokens, args.text_style))
+    resume.finish()
+
+
+def _unique(entries: Iterable[Entry]) -> Iterator[Entry]:
+    """Reject a repeated key before any worker would write the same file for it."""
+    seen: set[str] = set()
+    for entry in entries:
+        if entry.row and entry.row["key"] in seen:
+            entry = Entry(entry.given, None, "duplicate_key", f"{entry.row['key']!r:.100} was there before")
+        elif entry.row:
+            seen.add(entry.row["key"])
+        yield entry
+
+
+def to_training_audio(entry: Entry, folder: Path, fs: int, upsample: bool, since: float) -> Entry:
+    """Make one utterance mono at `fs` (in a worker): refer to a file that is so already, write the others."""
+    row = entry.row
+    if row is None:
+        return entry
+    # A simulated row's channel is a record of what was done to it, not a number.
+    segment = {name: row[name] for name in ("channel", "start", "end") if isinstance(row.get(name), (int, float))}
+    try:
+        samples, rate, plain = audio.length(row["source"], **segment)
+        if rate < fs and not upsample:
+            raise audio.AudioError("sampling_rate", f"{rate} Hz, {fs} wanted; --do_upsample raises it: {row['source']}")
+        path = row["source"]
+        if not plain or rate != fs or "<|" in path:  # "<|" would end the prompt's audio token
+            path = os.path.abspath(folder / audio.file_name(row["key"]))
+            if is_older(path, max(since, os.stat(row["source"]).st_mtime)):
+                x, rate = audio.read(row["source"], **segment)
+                audio.write(path, resample(x, rate, fs), fs)
+            samples = audio.length(path).samples
+    except audio.AudioError as error:
+        return Entry(entry.given, None, error.reason, str(error))
+    if samples * 100 // fs < 1:
+        return Entry(entry.given, None, "too_short", f"{samples} samples at {fs} Hz are no 10 ms")
+    kept = {name: value for name, value in row.items() if name not in segment}
+    return Entry(entry.given, kept | {"source": path, "speech_length": samples * 100 // fs})
+
+
+def format_row(row: dict[str, Any], text_length: int, text_style: str) -> dict[str, Any]:
+    """One row in the form of FunASR-Nano's dataset; FunASR ignores the fields it does not know."""
+    messages = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": f"{PROMPTS[text_style]}<|startofspeech|>!{row['source']}<|endofspeech|>"},
+        {"role": "assistant", "content": row["target"]},
+    ]
+    lengths = {"speech_length": row["speech_length"], "text_length": text_length}
+    return {"key": row["key"], "messages": messages} | lengths | {name: row[name] for name in CARRIED if name in row}
+
+
+def text_lengths(folder: str | None) -> Callable[[list[str]], list[int]]:
+    """A function from texts to their lengths in tokens of the tokenizer in `folder`; without one, in characters."""
+    if not folder:
+        logging.warning("no --tokenizer: text_length counts characters, not the model's tokens")
+        return lambda texts: [len(text) for text in texts]
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder} does not exist; --tokenizer is the LLM's folder, as MODEL_DIR/Qwen3-0.6B", code=2)
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} holds no tokenizer that transformers can read: {error}", code=2) from error
+    return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+
+
+def get_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{filter,split,convert,validate,stats}")
+    cores = len(os.sched_getaffinity(0))
+
+    def boolean(text: str) -> bool:
+        if text.lower() not in ("true", "false"):
+            raise argparse.ArgumentTypeError("true or false")
+        return text.lower() == "true"
+
+    def ratio(text: str) -> float:
+        if not 0 <= float(text) <= 1:
+            raise argparse.ArgumentTypeError("between 0 and 1")
+        return float(text)
+
+    add = commands.add_parser("filter", help="Drop rows that break a rule of --conf, with the reason.").add_argument
+    add("--input", required=True, help="JSONL file or Kaldi data directory.")
+    add("--output", required=True, help="JSONL of the rows kept; rejects go to rejected_<stem>.jsonl beside it.")
+    add("--conf", default="conf/data_filter.yaml", help="Rules on text and audio.")
+    add("--split", default="train", choices=("train", "dev", "test"), help="Only train is cut by the train_only rules.")
+    add("--max_reject_ratio", type=ratio, default=0.5, help="Exit 1 when a larger share of the rows is rejected.")
+    add("--filter_annotation_error", type=boolean, default=True, help="Whether the rules on text drop rows.")
+    add("--max_speech_length", type=int, help="Frames of 10 ms; overrides --conf.")
+    add("--max_speech_percentile", type=float, help="Fit the longest length allowed to this percentile of the corpus.")
+    add("--against", nargs="*", default=[], help="Rows of other sets: what shares audio, call or speaker is dropped.")
+    add("--expect_band", choices=("wideband", "telephone"), help="Warn of rows whose spectrum says otherwise.")
+    add("--limit", type=int, help="Stop when this many rows are kept: a trial.")
+    add("--headers_only", action="store_true", help="Do not decode: no checks of level, clipping, band, equal audio.")
+    add("--num_workers", type=int, default=cores, help="Worker processes.")
+
+    add = commands.add_parser("convert", help="Write rows and audio in the form training reads.").add_argument
+    add("--input", required=True, help="JSONL of filtered or simulated rows.")
+    add("--output", required=True, help="JSONL of formatted rows; rejects go to rejected_<stem>.jsonl beside it.")
+    add("--output_audio_dir", help="Where audio goes that cannot be used in place (default: audio beside the output).")
+    add("--do_upsample", action="store_true", help="Raise audio below --output_fs to it (else rejected).")
+    add("--output_fs", type=int, default=16000, choices=(8000, 16000), help="Sampling rate in Hz of every row's audio.")
+    add("--tokenizer", help="Folder of the LLM's tokenizer, which counts text_length.")
+    add("--text_style", default="written", choices=tuple(PROMPTS), help="How the corpus is written; picks the prompt.")
+    add("--max_reject_ratio", type=ratio, default=0.05, help="Exit 1 when a larger share of the rows is rejected.")
+    add("--num_workers", type=int, default=cores, help="Worker processes.")
+    add("--dask_scheduler", help="Run on this Dask cluster (tcp://host:port) instead of local processes.")
+
+    add = commands.add_parser("split", help="Cut a dev set in two that share no call and no speaker.").add_argument
+    add("--input", required=True, help="JSONL of filtered rows.")
+    add("--dev", required=True, help="JSONL of the first half.")
+    add("--test", required=True, help="JSONL of the second half.")
+    add("--by", default="auto", choices=("auto", "call", "speaker", "key"), help="What the halves must not share.")
+
+    add = commands.add_parser("validate", help="Check formatted files; exit 1 and ten problems.").add_argument
+    add("--input", required=True, nargs="+", help="Formatted JSONL; train, dev and test are told by the files' names.")
+    add("--check_audio", action="store_true", help="Measure every file's audio again, not a sample of 200.")
+    add("--fs", type=int, default=16000, help="Sampling rate in Hz that the audio must have.")
+
+    add = commands.add_parser("stats", help="Write the completion report of stage 0.").add_argument
+    add("--data_dir", required=True, help="Folder with <corpus>/<split>_formatted.jsonl and rejected_<split>.jsonl.")
+    add("--output", help="The report (default: STAGE0_COMPLETION_REPORT.md in --data_dir); pictures go beside it.")
+    add("--source", nargs="*", default=[], metavar="CORPUS/SPLIT[,SPLIT]=PATH",
+        help="Count this input again; exit 1 when a row of it is neither valid nor rejected.")
+    return parser.parse_args(argv)
+
+
+COMMANDS = {"filter": filter_corpus, "split": split, "convert": convert, "validate": validate, "stats": stats}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = get_args(argv)
+    COMMANDS[args.command](args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,176 @@
+"""Score transcripts: CER, WER, keywords and hallucinations per model and test set, with intervals.
+
+    python local/score.py --transcripts exp_output/eval/transcripts --output exp_output/eval/summary.json
+
+Writes the summary (one row per model and test set) and beside it details.json: error rates by codec, SNR, packet
+loss, duration, speaker and corpus, every keyword, and the most frequent confusions. Rates are fractions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+import metrics
+from common import UserError, read_jsonl, run, write_json
+
+# Columns of the printed table.
+COLUMNS = {"cer": "CER %", "cer_low": "from", "cer_high": "to", "wer": "WER %", "kwer": "KWER %", "p_value": "p"}
+
+
+def get_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--transcripts", required=True, help="Folder of <model>.<test_set>.jsonl as decode.py writes.")
+    parser.add_argument("--output", required=True, help="summary.json to write; details.json goes beside it.")
+    parser.add_argument("--keywords", default="conf/keywords.txt", help="Keyword list. Default: %(default)s.")
+    parser.add_argument("--conf", default="conf/decode.yaml", help="Settings. Default: %(default)s.")
+    return parser.parse_args()
+
+
+class Scored:
+    """One model's transcripts of one test set, normalised and counted."""
+
+    def __init__(self, rows: list[dict[str, Any]], keywords: dict, chinese_numerals: bool):
+        self.rows = rows
+        self.model, self.test_set = rows[0]["model"], rows[0]["test_set"]
+        self.references = [metrics.normalise(row["ref"], chinese_numerals) for row in rows]
+        self.hypotheses = [metrics.normalise(row["hyp"], chinese_numerals) for row in rows]
+        self.characters = metrics.count(self.references, self.hypotheses, "character")
+        self.words = metrics.count(self.references, self.hypotheses, "word")
+        self.wanted = metrics.keyword_counts(self.references, keywords)
+        self.heard = metrics.keyword_counts(self.hypotheses, keywords)
+        # Utterances of one call share line and speaker; without either, an utterance stands for itself.
+        self.clusters = [str(row.get("call") or row.get("speaker") or row["key"]) for row in rows]
+
+    @property
+    def found(self) -> np.ndarray:
+        return np.minimum(self.wanted, self.heard)
+
+    def summary(self, base: Scored | None, resamples: int) -> dict[str, Any]:
+        """The row of summary.json. `base` gives the paired p-value; None leaves it out."""
+        counts, wanted, found = self.characters, self.wanted.sum(axis=1), self.found.sum(axis=1)
+        low, high = metrics.bootstrap(self.clusters, counts.errors, counts.lengths, resamples)
+        kwer_low, kwer_high = metrics.bootstrap(self.clusters, wanted - found, wanted, resamples)
+        heard_length = np.array([len(metrics.characters(text)) for text in self.hypotheses])
+        minutes = sum(row["seconds"] for row in self.rows) / 60
+        silent = counts.lengths.sum() == 0
+        p_value = None
+        if base is not None and [row["key"] for row in base.rows] == [row["key"] for row in self.rows]:
+            p_value = metrics.paired_p_value(
+                self.clusters, counts.errors, base.characters.errors, counts.lengths, resamples
+            )
+        return {
+            "model": self.model, "test_set": self.test_set, "utterances": len(self.rows),
+            "cer": metrics.rate(counts.errors, counts.lengths), "cer_low": low, "cer_high": high,
+            "wer": metrics.rate(self.words.errors, self.words.lengths),
+            "kwer": metrics.rate(wanted - found, wanted),
+            "chars_per_minute": float(heard_length.sum() / minutes) if silent and minutes else None,
+            "p_value": p_value, "kwer_low": kwer_low, "kwer_high": kwer_high, **_f_score(wanted, found, self.heard),
+            "keyword_occurrences": int(wanted.sum()), "characters": int(counts.lengths.sum()),
+            "substitutions": int(counts.substitutions.sum()), "deletions": int(counts.deletions.sum()),
+            "insertions": int(counts.insertions.sum()), "minutes": round(minutes, 2),
+            "clusters": len(set(self.clusters)),
+            "loops": sum(map(metrics.has_loop, self.references, self.hypotheses)),
+            "empties": int(np.sum((heard_length == 0) & (counts.lengths > 0))),
+        }
+
+    def breakdown(self) -> Iterator[dict[str, Any]]:
+        """CER per value of every condition that is known of the utterances."""
+        members: dict[tuple[str, str], list[int]] = {}
+        for index, row in enumerate(self.rows):
+            for item in metrics.conditions(row).items():
+                members.setdefault(item, []).append(index)
+        for (name, value), indices in members.items():
+            errors, lengths = self.characters.errors[indices], self.characters.lengths[indices]
+            low, high = metrics.bootstrap([self.clusters[i] for i in indices], errors, lengths, 1000)
+            yield {
+                "model": self.model, "test_set": self.test_set, "condition": name, "value": value,
+                "utterances": len(indices), "characters": int(lengths.sum()), "cer": metrics.rate(errors, lengths),
+                "cer_low": low, "cer_high": high,
+            }
+
+    def keyword_table(self, keywords: dict) -> Iterator[dict[str, Any]]:
+        """Recall, precision and F1 of every keyword that occurs."""
+        for column, keyword in enumerate(keywords):
+            wanted, heard = self.wanted[:, column], self.heard[:, column]
+            if wanted.sum() + heard.sum():
+                yield {
+                    "model": self.model, "test_set": self.test_set, "keyword": keyword,
+                    "reference": int(wanted.sum()), "hypothesis": int(heard.sum()),
+                    "found": int(self.found[:, column].sum()), **_f_score(wanted, self.found[:, column], heard),
+                }
+
+
+def _f_score(wanted: np.ndarray, found: np.ndarray, heard: np.ndarray) -> dict[str, float | None]:
+    hits, reference, hypothesis = int(found.sum()), int(wanted.sum()), int(heard.sum())
+    return {
+        "keyword_recall": hits / reference if reference else None,
+        "keyword_precision": hits / hypothesis if hypothesis else None,
+        "keyword_f1": 2 * hits / (reference + hypothesis) if reference + hypothesis else None,
+    }
+
+
+def read_transcripts(folder: str) -> list[list[dict[str, Any]]]:
+    """The rows of every transcript in a folder, file by file."""
+    paths = sorted(Path(folder).glob("*.jsonl"))
+    if not paths:
+        raise UserError(f"{folder} has no transcripts (*.jsonl); decode first")
+    files = [list(read_jsonl(path)) for path in paths]
+    missing = [path for path, rows in zip(paths, files, strict=True) if not rows]
+    if missing:
+        raise UserError(f"{missing[0]} is empty; decode again")
+    return files
+
+
+def print_table(summary: list[dict[str, Any]]) -> None:
+    """Print models by test sets, for a person."""
+    print(f"{'test set':<16}{'model':<12}{'utts':>7}" + "".join(f"{title:>9}" for title in COLUMNS.values()))
+    for test_set, rows in itertools.groupby(summary, key=lambda row: row["test_set"]):
+        for row in rows:
+            cells = [row[name] if name == "p_value" or row[name] is None else 100 * row[name] for name in COLUMNS]
+            texts = ["-" if cell is None else f"{cell:.3f}" if i == len(cells) - 1 else f"{cell:.2f}"
+                     for i, cell in enumerate(cells)]
+            if row["chars_per_minute"] is not None:
+                texts = [f"{row['chars_per_minute']:.1f}", "  characters a minute where nobody speaks"]
+            print(f"{test_set:<16}{row['model']:<12}{row['utterances']:>7}" + "".join(f"{text:>9}" for text in texts))
+
+
+def main() -> None:
+    args = get_args()
+    keywords = metrics.read_keywords(args.keywords)
+    with open(args.conf, encoding="utf-8") as file:
+        conf = yaml.safe_load(file)
+    scored = [Scored(rows, keywords, conf["chinese_numerals"]) for rows in read_transcripts(args.transcripts)]
+    # Models in the order of the training, the test set without speech last.
+    scored.sort(key=lambda one: (
+        one.test_set == "no_speech", one.test_set, one.model != "base", one.model == "final", one.model
+    ))
+    bases = {one.test_set: one for one in scored if one.model == "base"}
+    summary = []
+    for one in scored:
+        # Dev chose the model, so a p-value there would flatter it.
+        tested = one.model != "base" and not one.test_set.endswith("_dev")
+        summary.append(one.summary(bases.get(one.test_set) if tested else None, conf["bootstrap_resamples"]))
+    details = {
+        "conditions": [row for one in scored for row in one.breakdown()],
+        "keywords": [row for one in scored for row in one.keyword_table(keywords)],
+        "confusions": [
+            {"model": one.model, "test_set": one.test_set, "reference": old, "hypothesis": new, "count": count}
+            for one in scored for (old, new), count in one.characters.confusions.most_common(30)
+        ],
+    }
+    write_json(Path(args.output).parent / "details.json", details)
+    write_json(args.output, summary)
+    print_table(summary)
+    logging.info("%d transcripts scored, %s", len(scored), args.output)
+
+
+if __name__ == "__main__":
+    run(main)

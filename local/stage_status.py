@@ -1,0 +1,267 @@
+"""Remember what each stage of run_experiment.sh did, and say whether it has to run again.
+
+A marker `$EXP_OUTPUT/status/stageN.json` holds the state (started or done), when, how long, the rows of
+every JSONL written, and a hash of every input and option. The driver asks before a stage, tells at its
+start, and again only after its outputs are there: a killed stage stays "started" and simply goes on.
+
+    python local/stage_status.py check --stage 1 --output_root exp_output --inputs conf/a.yaml --config SEED=0
+    python local/stage_status.py start --stage 1 --output_root exp_output --inputs conf/a.yaml --config SEED=0
+    python local/stage_status.py done  --stage 1 --output_root exp_output --outputs exp_output/exp/a/averaged.pt
+    python local/stage_status.py show  --output_root exp_output
+
+`check` exits 0: nothing to do; 3: run it (first time, or go on); 4: redo it from new inputs, the old work
+moved aside first; 1: that would replace work, and neither --force true nor leave was given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from common import UserError, atomic_write, file_hash, run, write_json
+
+NOTHING_TO_DO, MUST_RUN, MUST_REDO = 0, 3, 4
+BIG_FILE = 64 << 20
+STAGES = {
+    -1: "model",
+    0: "data",
+    1: "encoder",
+    2: "adaptor and CTC",
+    3: "LoRA",
+    4: "decoding and scores",
+    5: "report and final model",
+}
+EXPERIMENTS = {1: "stage1_encoder_adapt", 2: "stage2_adapter_align", 3: "stage3_lora_domain"}
+KALDI_FILES = ("wav.scp", "text", "segments", "utt2spk")
+
+
+def get_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Say whether a stage must run, and remember that it ran.")
+    parser.add_argument("action", choices=("check", "start", "done", "show"))
+    parser.add_argument("--stage", type=int, help="Number of the stage, -1 to 5.")
+    parser.add_argument("--output_root", required=True, help="The EXP_OUTPUT of the experiment.")
+    parser.add_argument("--inputs", nargs="*", default=[], help="Files and Kaldi folders the stage reads.")
+    parser.add_argument("--config", nargs="*", default=[], metavar="NAME=VALUE", help="Options that change its result.")
+    parser.add_argument("--outputs", nargs="*", default=[], help="Files the stage has to have written by `done`.")
+    parser.add_argument("--force", choices=("true", "false"), default="false", help="Redo the stage whatever it is.")
+    parser.add_argument(
+        "--on_change", choices=("refuse", "redo"), default="redo",
+        help="What a change of inputs means for earlier work: refuse to replace it without --force, or redo it.",
+    )
+    parser.add_argument("--pid", type=int, default=0, help="Process of the driver, to tell running from stopped.")
+    return parser.parse_args()
+
+
+def hash_input(path: str) -> str:
+    """Hash of a file's content, of a Kaldi folder's lists, or "absent".
+
+    Of a file over 64 MB only the size, the first and the last MB are read. A PyTorch checkpoint ends with the
+    directory of its ZIP archive, which has a CRC-32 of every tensor, so a change anywhere in it is seen.
+    """
+    if os.path.isdir(path):
+        parts = [f"{name}:{hash_input(os.path.join(path, name))}" for name in KALDI_FILES]
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
+    if not os.path.isfile(path):
+        return "absent"
+    size = os.path.getsize(path)
+    if size <= BIG_FILE:
+        return file_hash(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        digest.update(file.read(1 << 20))
+        file.seek(-(1 << 20), os.SEEK_END)
+        digest.update(file.read())
+    return digest.hexdigest()[:16]
+
+
+def fingerprint(inputs: list[str], config: list[str]) -> dict[str, dict[str, str]]:
+    """What a stage's result depends on: {"inputs": {path: hash}, "config": {name: value}}."""
+    for item in config:
+        if "=" not in item:
+            raise UserError(f"--config {item}: expected NAME=VALUE", code=2)
+    hashes = {os.path.abspath(path): hash_input(path) for path in inputs if path}
+    return {"inputs": hashes, "config": dict(item.split("=", 1) for item in config)}
+
+
+def changes(before: dict[str, dict[str, str]], now: dict[str, dict[str, str]]) -> list[str]:
+    """What differs between two fingerprints, each in a few words."""
+    found = []
+    for name in sorted(set(before["config"]) | set(now["config"])):
+        old, new = before["config"].get(name, ""), now["config"].get(name, "")
+        if old != new:
+            found.append(f"{name} {old or 'empty'} -> {new or 'empty'}")
+    for path in sorted(set(before["inputs"]) | set(now["inputs"])):
+        old, new = before["inputs"].get(path, "absent"), now["inputs"].get(path, "absent")
+        if old != new:
+            found.append(f"{path} {'is new' if old == 'absent' else 'is gone' if new == 'absent' else 'changed'}")
+    return found
+
+
+def marker_path(root: str, stage: int) -> Path:
+    return Path(root) / "status" / f"stage{stage}.json"
+
+
+def read_marker(root: str, stage: int) -> dict[str, Any] | None:
+    """The marker of a stage, or None where it never started."""
+    try:
+        with open(marker_path(root, stage), encoding="utf-8") as file:
+            return json.load(file)
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{marker_path(root, stage)} is damaged: {error}; delete it to run the stage again") from error
+
+
+def check(root: str, stage: int, now: dict, force: bool = False, refuse: bool = False) -> tuple[int, str]:
+    """Decide about a stage: (exit code, one line that says why).
+
+    Raises UserError where the stage would replace work of other inputs and may not.
+    """
+    marker = read_marker(root, stage)
+    if marker is None:
+        return MUST_RUN, "not run yet"
+    changed = changes(marker, now)
+    if force:
+        return MUST_REDO, "redone, as --force true asks" + (f" (changed: {'; '.join(changed)})" if changed else "")
+    if changed:
+        if refuse:
+            raise UserError(
+                f"stage {stage} was {marker['state']} on {marker['time']} with other inputs: {'; '.join(changed)}; "
+                "take the change back, or redo the stage with --force true (the old folder is moved aside)"
+            )
+        return MUST_REDO, f"redone, changed: {'; '.join(changed)}"
+    if marker["state"] == "started":
+        return MUST_RUN, f"goes on from where it stopped (started {marker['time']})"
+    gone = [path for path, size in marker["outputs"].items() if not _same_size(path, size)]
+    if gone:
+        return MUST_RUN, f"{gone[0]} is gone or was changed since {marker['time']}"
+    return NOTHING_TO_DO, f"nothing to do, inputs and options are those of {marker['time']}"
+
+
+def start(root: str, stage: int, now: dict, pid: int) -> None:
+    """Write down that a stage began, with what it reads."""
+    process = {"pid": pid, "host": socket.gethostname()}
+    write_json(marker_path(root, stage), {"state": "started", "time": _clock(), "began": time.time(), **process, **now})
+
+
+def done(root: str, stage: int, outputs: list[str]) -> dict[str, Any]:
+    """Write down that a stage ended, over outputs that exist and are not empty; return the marker."""
+    marker = read_marker(root, stage)
+    if marker is None:
+        raise UserError(f"stage {stage} never started under {root}", code=2)
+    for path in outputs:
+        if not os.path.isfile(path) or os.path.getsize(path) == 0:
+            raise UserError(f"stage {stage} ended without writing {path}; its log says why")
+    marker["state"] = "done"
+    marker["seconds"] = round(time.time() - marker["began"], 1)
+    marker["time"] = _clock()
+    marker["outputs"] = {path: os.path.getsize(path) for path in outputs}
+    marker["counts"] = {_short(path, root): _lines(path) for path in outputs if path.endswith(".jsonl")}
+    write_json(marker_path(root, stage), marker)
+    return marker
+
+
+def last_step(log: Path) -> str:
+    """The last training and the last validation line of FunASR's log, in a few words; "" where there is none."""
+    if not log.is_file():
+        return ""
+    with open(log, "rb") as file:
+        file.seek(max(0, log.stat().st_size - (1 << 20)))
+        text = file.read().decode("utf-8", "replace")
+    # The format is that of funasr/train_utils/trainer_ds.py, log().
+    pattern = r"\b(train|val), rank: \d+, epoch: (\d+/\d+).*?step_in_slice: (\d+/\d+).*?\(loss_avg_slice: ([^)]+)\)"
+    last = {tag: (epoch, step, loss) for tag, epoch, step, loss in re.findall(pattern, text)}
+    return ", ".join(f"{tag} epoch {last[tag][0]} step {last[tag][1]} loss {last[tag][2]}" for tag in last)
+
+
+def show(root: str) -> str:
+    """The state of every stage as a Markdown table."""
+    lines = [
+        f"# Status of the experiment in {root}", "", f"Written {_clock()} by `make status`.", "",
+        "| stage | what | state | when | took | rows, or last step |", "|---|---|---|---|---|---|",
+    ]
+    for stage, what in STAGES.items():
+        marker = read_marker(root, stage)
+        if marker is None:
+            lines.append(f"| {stage} | {what} | not run | | | |")
+            continue
+        state = "done" if marker["state"] == "done" else "running" if _alive(marker) else "stopped; run it again"
+        details = ", ".join(f"{name} {count:,}" for name, count in marker.get("counts", {}).items())
+        if stage in EXPERIMENTS:
+            details = last_step(Path(root) / "exp" / "8k_telephone" / EXPERIMENTS[stage] / "train.log") or details
+        took = _duration(marker["seconds"]) if "seconds" in marker else ""
+        lines.append(f"| {stage} | {what} | {state} | {marker['time']} | {took} | {details} |")
+    return "\n".join(lines) + "\n"
+
+
+def _alive(marker: dict[str, Any]) -> bool:
+    if marker.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(marker.get("pid") or -1, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return bool(marker.get("pid"))
+
+
+def _same_size(path: str, size: int) -> bool:
+    return os.path.isfile(path) and os.path.getsize(path) == size
+
+
+def _lines(path: str) -> int:
+    with open(path, "rb") as file:
+        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
+
+
+def _short(path: str, root: str) -> str:
+    relative = os.path.relpath(path, root)
+    return relative.removeprefix("data/").removesuffix(".jsonl")
+
+
+def _clock() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def main() -> None:
+    args = get_args()
+    if args.action == "show":
+        if not (Path(args.output_root) / "status").is_dir():
+            raise UserError(f"no stage has run under {args.output_root}; the first is: make model", code=2)
+        text = show(args.output_root)
+        print(text, end="")
+        with atomic_write(Path(args.output_root) / "README_EXPERIMENT_STATUS.md") as file:
+            file.write(text)
+        return
+    if args.stage not in STAGES:
+        raise UserError(f"--stage {args.stage}: expected one of {', '.join(map(str, STAGES))}", code=2)
+    if args.action == "done":
+        marker = done(args.output_root, args.stage, args.outputs)
+        rows = ", ".join(f"{name} {count:,} rows" for name, count in marker["counts"].items())
+        print(f"stage {args.stage}: done" + (f": {rows}" if rows else ""))
+        return
+    now = fingerprint(args.inputs, args.config)
+    if args.action == "start":
+        start(args.output_root, args.stage, now, args.pid)
+        return
+    code, reason = check(args.output_root, args.stage, now, args.force == "true", args.on_change == "refuse")
+    print(f"stage {args.stage} ({STAGES[args.stage]}): {reason}")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,133 @@
+"""Train one stage with FunASR's own trainer, extended by local/nano, from short YAML overlays.
+
+    python local/train.py --stage_conf conf/stage1_encoder_adapt.yaml --model_dir MODEL \
+        --init_checkpoint MODEL/model.pt --train_list trainlist.jsonl --valid_list valid.jsonl --output_dir EXP
+
+The effective configuration is the model folder's config.yaml, under the stage's YAML, under --overlay.
+Writes checkpoints, averaged.pt, config.yaml, run.json, parameters.json and tensorboard/ into --output_dir, and goes on
+from the last checkpoint there. `torchrun` starts one process a GPU with the same command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from common import UserError, file_hash, run, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def build_config(args: argparse.Namespace) -> dict[str, Any]:
+    """Merge the overlays; add what the command line says. The model folder's own config goes under all of it."""
+    from omegaconf import OmegaConf
+
+    for path in [args.stage_conf, *args.overlay]:
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; give the stage's YAML", code=2)
+    layers = [OmegaConf.load(path) for path in [args.stage_conf, *args.overlay]]
+    config = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
+    if "model_conf" in config:
+        raise UserError(f"{args.stage_conf}: model_conf hides the model's config; put its keys at the top", code=2)
+    config |= {
+        "model": str(args.model_dir),
+        "hub": "ms",
+        "disable_update": True,
+        "init_param": str(args.init_checkpoint),
+        "train_data_set_list": str(args.train_list),
+        "valid_data_set_list": str(args.valid_list),
+        "output_dir": str(args.output_dir),
+        "seed": args.seed,
+    }
+    config.setdefault("frontend_conf", {})["fs"] = args.frontend_fs
+    import torch
+
+    if not torch.cuda.is_available():
+        config |= {"device": "cpu", "backend": "gloo", "ncpu": args.num_threads}
+        # CPUs have no fast bf16 path for this model.
+        config.setdefault("train_conf", {})["use_bf16"] = False
+        config.setdefault("llm_conf", {})["llm_dtype"] = "fp32"
+    return config
+
+
+def describe_run(args: argparse.Namespace) -> dict[str, Any]:
+    """What is needed to repeat the run: command, commit, versions, data."""
+    versions = {}
+    for package in ("funasr", "torch", "transformers", "kaldi-native-fbank", "torchaudio", "numpy"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    lists = {"train": args.train_list, "valid": args.valid_list}
+    return {
+        "command": [sys.executable, *sys.argv],
+        "commit": commit.stdout.strip() or None,
+        "versions": versions,
+        "seed": args.seed,
+        "init_checkpoint": {"path": str(args.init_checkpoint), "sha256": file_hash(args.init_checkpoint)},
+        "data": {name: {"path": str(path), "sha256": file_hash(path)} for name, path in lists.items()},
+        "rows_per_epoch": sum(1 for _ in open(args.train_list, encoding="utf-8")),
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
+    }
+
+
+def train(config: dict[str, Any]) -> None:
+    """Hand the configuration to funasr.bin.train_ds.main with this recipe's classes in place of the stock ones."""
+    import torch
+    from funasr.bin import train_ds
+    from funasr.download.download_model_from_hub import download_model
+
+    import nano.dataset
+    import nano.model  # noqa: F401  registers the model
+    from nano.trainer import Trainer
+
+    Trainer.initial = config["init_param"]
+    llm = config.get("llm_conf", {})
+    config = download_model(is_training=True, **config)
+    Trainer.lora = dict(config["llm_conf"]["lora_conf"]) if llm.get("use_lora") else None
+    train_ds.Trainer = Trainer
+    # The Trainer averages when it closes; upstream's function would average frozen tensors too.
+    train_ds.average_checkpoints = lambda *_args, **_kwargs: None
+    if not torch.cuda.is_available():
+        torch.cuda.set_device = lambda _device: None  # main() calls it for DDP on any machine
+    train_ds.main(**config)
+
+
+def get_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage_conf", type=Path, required=True, help="The stage's YAML: what it changes, no more.")
+    parser.add_argument("--overlay", type=Path, action="append", default=[], help="YAML laid over it (the demo's).")
+    parser.add_argument("--model_dir", type=Path, required=True, help="Model folder with config.yaml and tokenizer.")
+    parser.add_argument("--init_checkpoint", type=Path, required=True, help="Weights to start from.")
+    parser.add_argument("--train_list", type=Path, required=True, help="Formatted JSONL to train on.")
+    parser.add_argument("--valid_list", type=Path, required=True, help="Formatted JSONL that ranks checkpoints.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Experiment folder of the stage.")
+    parser.add_argument("--frontend_fs", type=int, default=16000, help="Sampling rate of audio and features, Hz.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of initial weights, order, dropout and SpecAugment.")
+    parser.add_argument("--num_threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads without a GPU.")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = get_args()
+    for path, what in [(args.init_checkpoint, "checkpoint"), (args.train_list, "list"), (args.valid_list, "list")]:
+        if not path.is_file():
+            raise UserError(f"{what} {path} does not exist; run the stage before this one, or correct the path", code=2)
+    config = build_config(args)
+    if int(os.environ.get("RANK", 0)) == 0:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(args.output_dir / "run.json", describe_run(args))
+    logging.info("configuration: %s", json.dumps(config, ensure_ascii=False))
+    train(config)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,251 @@
+#!/usr/bin/env bash
+# Adapts Fun-ASR-Nano to 8 kHz telephone speech and measures what it brought. Without arguments: usage.
+# Each stage is one block, stage_N: what it reads and writes, then what it runs. `main`, at the end, calls them.
+set -euo pipefail
+shopt -s nullglob
+
+# shellcheck source=local/parse_options.sh
+source "$(dirname "${BASH_SOURCE[0]}")/local/parse_options.sh"
+
+usage() {
+  cat <<'EOF'
+Usage: bash run_experiment.sh <stage> [stop_stage] [--option value ...]     one number runs that stage alone
+
+  -1  MODEL -> checked model folder                      2  stage 1's data and model -> adaptor and CTC aligned
+   0  16 kHz corpus, real calls -> training data         3  real calls, stage 2 -> LoRA on the LLM
+   1  simulated calls, pretrained model -> encoder       4  all models, dev and test sets -> final model, scores
+                                                         5  scores -> report, final model folder
+
+A stage that is up to date is not run again; a killed one goes on. What has changed is said.
+Relative paths start at the repository. Options (--real_share 0.2, --real-share 0.2, or REAL_SHARE=0.2 in the
+environment; the command line beats the environment beats --config FILE beats conf/experiment.conf):
+
+  --config FILE
+      NAME=value lines, as conf/experiment.conf
+EOF
+  option_help
+}
+
+# --- how a stage runs ----------------------------------------------------------------------------------------------
+run_stage() {  # NUMBER FUNCTION: the function, unless TITLE's work is done; READS SETTINGS WRITES FOLDERS LOG are set
+  local stage=$1 body=$2 code=0 began=$SECONDS folder
+  local marker=("$PYTHON" local/stage_status.py) facts=(--stage "$stage" --output_root "$EXP_OUTPUT" --inputs
+    "${READS[@]}" --config "${SETTINGS[@]}")
+  if ((NODE_RANK > 0 && (stage < 1 || stage > 3))); then echo "stage $stage: machine 0 does it"; return; fi
+  "${marker[@]}" check "${facts[@]}" --force "$FORCE" --on_change "$ON_CHANGE" || code=$?
+  case $code in 0) return ;; 3 | 4) ;; *) exit "$code" ;; esac
+  if ((NODE_RANK == 0)); then
+    for folder in "${FOLDERS[@]}"; do
+      if ((code == 4)) && [[ -e $folder ]]; then mv -- "$folder" "$folder.old.$(date +%Y%m%d_%H%M%S)"; fi
+    done
+    "${marker[@]}" start "${facts[@]}" --pid $$
+  fi
+  mkdir -p "$(dirname "$LOG")"
+  printf 'stage %s: %s\n' "$stage" "$TITLE" "$stage" "log in $LOG"
+  set +e  # or the shell would end here without saying which stage failed
+  (set -e; echo "# $COMMAND"; "$body") 2>&1 | tee -ia "$LOG"
+  code=${PIPESTATUS[0]}
+  set -e
+  ((code == 0)) || fail "stage $stage failed with exit code $code; its last lines above and $LOG say why" "$code"
+  ((NODE_RANK > 0)) || "${marker[@]}" "done" "${facts[@]:0:4}" --outputs "${WRITES[@]}"
+  echo "stage $stage: took $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s"
+}
+
+needs() {  # STAGE FILE...: what an earlier stage has to have written
+  local file
+  for file in "${@:2}"; do [[ -s $file ]] || fail "no $file; run stage $1 first: bash run_experiment.sh $1"; done
+}
+
+refuse_if() {  # FILE...: work that a change of inputs must not replace unasked
+  if (($#)); then echo refuse; else echo redo; fi
+}
+
+needs_model() {  # -> MODEL_DIR
+  needs -1 "$EXP_OUTPUT/model/model_dir.txt"
+  MODEL_DIR=$(<"$EXP_OUTPUT/model/model_dir.txt")
+  needs -1 "$MODEL_DIR/config.yaml" "$MODEL_DIR/model.pt"
+}
+
+# --- stage -1: the pretrained model ---------------------------------------------------------------------------------
+stage_-1() {
+  TITLE="$MODEL -> checked model folder, named in $EXP_OUTPUT/model/model_dir.txt"
+  READS=("$MODEL/config.yaml" "$MODEL/model.pt") SETTINGS=("MODEL=$MODEL") FOLDERS=()
+  WRITES=("$EXP_OUTPUT/model/model_dir.txt" "$EXP_OUTPUT/model/check.json") LOG=$EXP_OUTPUT/logs/stage-1.log
+  run_stage -1 get_model
+}
+get_model() { "$PYTHON" local/download_model.py --model "$MODEL" --output "$EXP_OUTPUT/model"; }
+
+# --- stage 0: data --------------------------------------------------------------------------------------------------
+stage_0() {
+  needs_model
+  TITLE="$RAW_16K_TRAIN, $REAL_8K_TRAIN and their dev and test sets -> $DATA"
+  READS=("$RAW_16K_TRAIN" "$RAW_16K_DEV" "$RAW_16K_TEST" "$REAL_8K_TRAIN" "$REAL_8K_DEV" "$REAL_8K_TEST"
+    "$CHANNEL_CONF" "$FILTER_CONF" "$BG_NOISE_SCP" "$MODEL_DIR/config.yaml" "$MODEL_DIR/Qwen3-0.6B/tokenizer.json")
+  SETTINGS=("TEXT_STYLE=$TEXT_STYLE" "FRONTEND_FS=$FRONTEND_FS" "MAX_SPEECH_LENGTH=$MAX_SPEECH_LENGTH" "SEED=$SEED")
+  WRITES=("${TRAIN_DATA[@]}" "${TEST_DATA[@]}" "$DATA/STAGE0_COMPLETION_REPORT.md")
+  FOLDERS=("$DATA") LOG=$EXP_OUTPUT/logs/stage0.log ON_CHANGE=$(refuse_if "$DATA"/*/train_formatted.jsonl)
+  run_stage 0 prepare_data
+}
+
+prepare_data() {
+  local split folder sources=()
+  prepare_corpus raw wideband simulated_8k_telephone "$RAW_16K_TRAIN" "$RAW_16K_DEV" "$RAW_16K_TEST"
+  prepare_corpus real telephone real_8k_telephone "$REAL_8K_TRAIN" "$REAL_8K_DEV" "$REAL_8K_TEST"
+  local simulate=("$PYTHON" local/data_simulation.py --config "$CHANNEL_CONF" --output_fs "$FRONTEND_FS"
+    --seed "$SEED" "${LIMIT[@]}" "${WORKERS[@]}" "${DASK[@]}")
+  for split in train dev test; do
+    "${simulate[@]}" --input "$WORK/raw_$split.jsonl" --output "$WORK/simulated_$split.jsonl" \
+      --output_audio_dir "$SIM/audio" ${BG_NOISE_SCP:+--bg_noise_scp "$BG_NOISE_SCP"}
+    convert "$WORK/simulated_$split.jsonl" "$SIM/${split}_formatted.jsonl" "$SIM/audio"
+    convert "$WORK/real_$split.jsonl" "$REAL/${split}_formatted.jsonl" "$REAL/audio_upsampled" --do_upsample
+    convert "$WORK/raw_$split.jsonl" "$WIDE/${split}_formatted.jsonl" "$WIDE/audio" --do_upsample
+    gather_rejected "$SIM" "$split" "$WORK"/rejected_{raw,simulated}_"$split"*.jsonl
+    gather_rejected "$REAL" "$split" "$WORK"/rejected_real_"$split"*.jsonl
+  done
+  "${simulate[@]}" --no_speech_probe 12 --output "$WORK/no_speech.jsonl" --output_audio_dir "$DATA/no_speech/audio"
+  convert "$WORK/no_speech.jsonl" "$DATA/no_speech/test_formatted.jsonl" "$DATA/no_speech/audio"
+  for folder in "$SIM" "$REAL" "$WIDE"; do
+    "${PREPARE[@]}" validate --fs "$FRONTEND_FS" --input "$folder"/{train,dev,test}_formatted.jsonl
+  done
+  "${PREPARE[@]}" stats --data_dir "$DATA" --source "${sources[@]}"
+}
+gather_rejected() { cat "${@:3}" "$1/rejected_$2_formatted.jsonl" >"$1/rejected_$2.jsonl"; }  # FOLDER SPLIT FILE...
+
+prepare_corpus() {  # NAME BAND FOLDER TRAIN DEV TEST -> work/NAME_{train,dev,test}.jsonl: no speaker is in two of them
+  local filter=("${PREPARE[@]}" filter --conf "$FILTER_CONF" --expect_band "$2" "${WORKERS[@]}") out=$WORK/$1
+  rm -f "$WORK/rejected_$1"_*  # of a run that was stopped; every step writes its own again
+  if [[ -n $6 ]]; then
+    "${filter[@]}" --split test --input "$6" --output "${out}_test.jsonl"
+    "${filter[@]}" --split dev --input "$5" --output "${out}_dev.jsonl" --against "${out}_test.jsonl"
+    sources+=("$3/dev=$5" "$3/test=$6")
+  else
+    "${filter[@]}" --split dev --input "$5" --output "${out}_dev_and_test.jsonl"
+    "${PREPARE[@]}" split --input "${out}_dev_and_test.jsonl" --dev "${out}_dev.jsonl" --test "${out}_test.jsonl"
+    sources+=("$3/dev,test=$5")
+  fi
+  sources+=("$3/train=$4")
+  "${filter[@]}" --split train --input "$4" --output "${out}_train.jsonl" --max_speech_length "$MAX_SPEECH_LENGTH" \
+    --against "${out}_dev.jsonl" "${out}_test.jsonl"
+}
+
+convert() {  # IN OUT AUDIO_DIR [--do_upsample]
+  "${PREPARE[@]}" convert --input "$1" --output "$2" --output_audio_dir "$3" --output_fs "$FRONTEND_FS" \
+    --tokenizer "$MODEL_DIR/Qwen3-0.6B" --text_style "$TEXT_STYLE" "${LIMIT[@]}" "${WORKERS[@]}" "${DASK[@]}" "${@:4}"
+}
+
+# --- stages 1-3: training -------------------------------------------------------------------------------------------
+stage_1() { needs_model; train_stage 1 "simulated calls, base model -> encoder" "$MODEL_DIR/model.pt"; }
+stage_2() { needs_model; train_stage 2 "the same data, stage 1 -> adaptor and CTC" "$EXP/${NAMES[1]}/averaged.pt"; }
+stage_3() { needs_model; train_stage 3 "real calls, stage 2 -> LoRA on the LLM" "$EXP/${NAMES[2]}/averaged.pt"; }
+
+train_stage() {  # NUMBER TITLE PARENT_CHECKPOINT
+  N=$1 TITLE=$2 DIR=$EXP/${NAMES[$1]} LOG=$EXP/${NAMES[$1]}/train.log PARENT=$3
+  if [[ -n $INIT_CHECKPOINT ]] && ((N == STAGE)); then PARENT=$INIT_CHECKPOINT; fi
+  ((NODE_RANK == 0)) || LOG=$EXP_OUTPUT/logs/stage$1.machine$NODE_RANK.log
+  needs 0 "${TRAIN_DATA[@]}"
+  needs $((N > 1 ? N - 1 : -1)) "$PARENT"
+  CONFS=(--stage_conf "conf/${NAMES[$1]}.yaml")
+  [[ -f $STAGE_OVERLAY_DIR/${NAMES[$1]}.yaml ]] && CONFS+=(--overlay "$STAGE_OVERLAY_DIR/${NAMES[$1]}.yaml")
+  READS=("${CONFS[1]}" "${CONFS[3]:-}" "$PARENT" "$MODEL_DIR/config.yaml" "${TRAIN_DATA[@]}")
+  SETTINGS=("FRONTEND_FS=$FRONTEND_FS" "SEED=$SEED" "WIDEBAND_REPLAY=$WIDEBAND_REPLAY")
+  if ((N < 3)); then SETTINGS+=("REAL_SHARE=$REAL_SHARE"); else SETTINGS+=("SIMULATED_SHARE=$SIMULATED_SHARE"); fi
+  WRITES=("$DIR"/{averaged.pt,run.json,trainlist.jsonl}) FOLDERS=("$DIR") ON_CHANGE=$(refuse_if "$DIR"/model.pt*)
+  run_stage "$N" train
+}
+
+train() {
+  "$PYTHON" local/make_train_list.py --stage "$N" --simulated "$SIM" --real "$REAL" --wideband "$WIDE" \
+    --real_share "$REAL_SHARE" --wideband_replay "$WIDEBAND_REPLAY" --simulated_share "$SIMULATED_SHARE" \
+    --seed "$SEED" --output "$DIR/trainlist.jsonl" --valid_output "$DIR/valid.jsonl"
+  local gpus=${NGPU:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')} launch=("$PYTHON")
+  if ((gpus > 1 || NNODES > 1)); then
+    launch+=(-m torch.distributed.run --nproc_per_node "$((gpus > 0 ? gpus : 1))" --nnodes "$NNODES"
+      --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
+  fi
+  "${launch[@]}" local/train.py "${CONFS[@]}" --model_dir "$MODEL_DIR" --init_checkpoint "$PARENT" \
+    --train_list "$DIR/trainlist.jsonl" --valid_list "$DIR/valid.jsonl" --output_dir "$DIR" \
+    --frontend_fs "$FRONTEND_FS" --seed "$SEED"
+}
+
+# --- stage 4: final model and scores --------------------------------------------------------------------------------
+stage_4() {
+  needs_model
+  STEPS=("$EXP"/{"${NAMES[1]}","${NAMES[2]}","${NAMES[3]}"}/averaged.pt)
+  for N in 1 2 3; do needs "$N" "${STEPS[N - 1]}"; done
+  needs 0 "${TEST_DATA[@]}"
+  TITLE="base, stages 1-3, dev and test sets -> final model, transcripts, $EVAL/summary.json"
+  READS=("$MODEL_DIR/model.pt" "${STEPS[@]}" "${TEST_DATA[@]}" conf/decode.yaml "$KEYWORDS")
+  SETTINGS=("ALPHAS=$ALPHAS" "MAX_WIDEBAND_LOSS=$MAX_WIDEBAND_LOSS" "FRONTEND_FS=$FRONTEND_FS")
+  WRITES=("$EVAL/checkpoints/final.pt" "$EVAL/summary.json" "$EVAL/interpolation.json") FOLDERS=("$EVAL")
+  LOG=$EXP_OUTPUT/logs/stage4.log
+  run_stage 4 evaluate
+}
+
+evaluate() {
+  local points=$EVAL/checkpoints base="$MODEL_DIR/model.pt" alpha models=()
+  local mix=("$PYTHON" local/interpolate.py mix --base "$base" --adapted "$points/stage3_folded.pt")
+  "$PYTHON" local/interpolate.py fold --checkpoint "${STEPS[2]}" --output "$points/stage3_folded.pt"
+  for alpha in $ALPHAS; do
+    "${mix[@]}" --alpha "$alpha" --output "$points/alpha_$alpha.pt"
+    models+=("alpha_$alpha=$points/alpha_$alpha.pt")
+  done
+  decode dev "$EVAL/dev" "base=$base" "${models[@]}"
+  score "$EVAL/dev" "$EVAL/dev_summary.json"
+  "$PYTHON" local/interpolate.py choose --summary "$EVAL/dev_summary.json" --output "$EVAL/interpolation.json" \
+    --max_wideband_loss "$MAX_WIDEBAND_LOSS"
+  alpha=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["alpha"])' "$EVAL/interpolation.json")
+  "${mix[@]}" --alpha "$alpha" --output "$points/final.pt"
+  models=("base=$base")
+  for N in 1 2 3; do models+=("stage$N=${STEPS[N - 1]}"); done
+  decode test "$EVAL/transcripts" "${models[@]}" "final=$points/final.pt"
+  score "$EVAL/transcripts" "$EVAL/summary.json" | tee "$EVAL/scores.txt"
+}
+
+decode() {  # SPLIT OUTPUT_DIR NAME=CHECKPOINT...
+  local models=("${@:3}") sets=("simulated_$1=$SIM" "real_$1=$REAL" "wideband_$1=$WIDE")
+  [[ $1 == test ]] && sets+=("no_speech=$DATA/no_speech")
+  sets=("${sets[@]/%//$1_formatted.jsonl}")
+  "$PYTHON" local/decode.py --model_dir "$MODEL_DIR" "${models[@]/#/--checkpoint=}" "${sets[@]/#/--test_set=}" \
+    --output_dir "$2" --frontend_fs "$FRONTEND_FS"
+}
+score() { "$PYTHON" local/score.py --transcripts "$1" --output "$2" ${KEYWORDS:+--keywords "$KEYWORDS"}; }
+
+# --- stage 5: report and final model folder -------------------------------------------------------------------------
+stage_5() {
+  needs_model
+  needs 4 "$EVAL/summary.json" "$EVAL/checkpoints/final.pt"
+  TITLE="$EVAL -> $EXP_OUTPUT/report/index.html, $EXP_OUTPUT/final_model"
+  READS=("$EVAL"/{summary.json,interpolation.json,checkpoints/final.pt}) SETTINGS=("REPORT_AUDIO=$REPORT_AUDIO")
+  WRITES=("$EXP_OUTPUT"/report/{index.html,report.md} "$EXP_OUTPUT"/final_model/{model.pt,config.yaml})
+  FOLDERS=("$EXP_OUTPUT/report" "$EXP_OUTPUT/final_model") LOG=$EXP_OUTPUT/logs/stage5.log
+  run_stage 5 finish
+}
+
+finish() {
+  "$PYTHON" local/export_model.py --model_dir "$MODEL_DIR" --checkpoint "$EVAL/checkpoints/final.pt" \
+    --summary "$EVAL/summary.json" \
+    --output "$EXP_OUTPUT/final_model" --frontend_fs "$FRONTEND_FS" --text_style "$TEXT_STYLE"
+  "$PYTHON" local/report.py --exp_output "$EXP_OUTPUT" --output "$EXP_OUTPUT/report" --report_audio "$REPORT_AUDIO"
+}
+
+# --- main -----------------------------------------------------------------------------------------------------------
+main() {
+  COMMAND="bash run_experiment.sh ${*@Q}"
+  cd "$(dirname "${BASH_SOURCE[0]}")"
+  if (($# == 0)) || [[ " $* " == *" --help "* ]]; then usage; exit 0; fi
+  parse_options "$@"
+  check_options
+  DATA=$EXP_OUTPUT/data WORK=$EXP_OUTPUT/data/work EXP=$EXP_OUTPUT/exp/8k_telephone EVAL=$EXP_OUTPUT/eval
+  SIM=$DATA/simulated_8k_telephone REAL=$DATA/real_8k_telephone WIDE=$DATA/wideband_16k
+  TRAIN_DATA=({"$SIM","$REAL","$WIDE"}/{train,dev}_formatted.jsonl)
+  TEST_DATA=({"$SIM","$REAL","$WIDE"}/{dev,test}_formatted.jsonl "$DATA/no_speech/test_formatted.jsonl")
+  NAMES=("" stage1_encoder_adapt stage2_adapter_align stage3_lora_domain)
+  PREPARE=("$PYTHON" local/prepare_training_data.py) LIMIT=(--max_reject_ratio "$MAX_REJECT_RATIO")
+  WORKERS=(--num_workers "${NUM_WORKERS:-$(nproc)}") DASK=(${DASK_SCHEDULER:+--dask_scheduler "$DASK_SCHEDULER"})
+  mkdir -p "$EXP_OUTPUT" || exit 1
+  # Everything started from here inherits the lock, so what a killed run left behind still holds it.
+  exec 9>"$EXP_OUTPUT/.lock$NODE_RANK"
+  flock -n 9 || fail "another run, or what is left of one, is still working in $EXP_OUTPUT; wait for it or end it" 1
+  for ((stage = STAGE; stage <= STOP_STAGE; stage++)); do ON_CHANGE=redo; "stage_$stage"; done
+}
+main "$@"

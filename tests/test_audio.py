@@ -1,0 +1,194 @@
+"""local/audio.py reads what call centres keep, refuses what is damaged, and writes nothing outside its folder."""
+
+import os
+import shutil
+import subprocess
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+import audio
+
+RNG = np.random.default_rng(0)
+
+
+def tone(seconds, rate, hz=440.0, gain=0.3):
+    return (gain * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def encode(path, samples, rate, codec, layout="mono"):
+    """Write with PyAV, as a recorder would."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, layout=layout)
+        pcm = np.round(samples * 32767).astype(np.int16)[None]
+        frame = av.AudioFrame.from_ndarray(pcm, format="s16", layout=layout)
+        frame.rate = rate
+        resampler = av.AudioResampler(stream.format, layout, rate, frame_size=stream.codec_context.frame_size or None)
+        for part in [*resampler.resample(frame), *resampler.resample(None), None]:
+            container.mux(stream.encode(part))
+
+
+# --- names
+
+
+@given(st.lists(st.text(max_size=300), min_size=2, max_size=5, unique=True))
+@example(["../../x", "/etc/passwd", "a/b", "a_b", "..", ".", ""])
+@example(["x" * 5000, "x" * 5001, "x" * 120, "x" * 121])
+@example(["好的", "好 的", "a\nb", "a\0b", "a b", "~", "-rf", "a~b"])
+@example(["\ud800", "é", "e\u0301"])
+def test_no_key_leaves_its_folder_and_no_two_share_a_file(keys):
+    names = [audio.file_name(key) for key in keys]
+    assert len(set(names)) == len(keys)
+    for name in names:
+        assert os.path.basename(name) == name and name.isascii() and len(name) <= 200
+        assert not name.startswith((".", "-")) and name.isprintable()
+
+
+def test_a_plain_key_keeps_its_name():
+    assert audio.file_name("BAC009S0002W0122") == "BAC009S0002W0122.flac"
+
+
+# --- formats
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "kind"),
+    [
+        ("pcm.wav", 8000, "PCM_16"), ("alaw.wav", 8000, "ALAW"), ("ulaw.wav", 8000, "ULAW"), ("gsm.wav", 8000, "GSM610"),
+        ("float.wav", 44100, "FLOAT"), ("deep.wav", 96000, "PCM_24"), ("a.flac", 16000, "PCM_16"),
+        ("a.mp3", 16000, None), ("a.ogg", 16000, None), ("a.au", 8000, "ULAW"),
+        ("amr.amr", 8000, "libopencore_amrnb"), ("a.g722", 16000, "g722"), ("g726.wav", 8000, "g726"),
+        ("a.m4a", 16000, "aac"), ("a.opus", 48000, "libopus"),
+    ],
+)
+def test_formats_of_call_centres_are_read(tmp_path, name, rate, kind):
+    path, samples = tmp_path / name, tone(2.0, rate)
+    if kind is None or kind.isupper():
+        soundfile.write(path, samples, rate, subtype=kind)
+    else:
+        encode(path, samples, rate, kind)
+    decoded, decoded_rate = audio.read(path)
+    assert decoded_rate == rate and decoded.dtype == np.float32 and decoded.ndim == 1
+    assert abs(len(decoded) / rate - 2.0) < 0.15
+    spectrum = np.abs(np.fft.rfft(decoded))
+    assert abs(np.argmax(spectrum) * rate / len(decoded) - 440) < 5
+    assert audio.length(path)[:2] == (len(decoded), rate)
+
+
+@pytest.mark.skipif(not shutil.which("sox"), reason="sox is not installed")
+def test_nist_sphere_is_read(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(1.0, 8000), 8000)
+    subprocess.run(["sox", tmp_path / "a.wav", tmp_path / "-it's $(a).sph"], check=True, cwd=tmp_path)
+    assert len(audio.read(tmp_path / "-it's $(a).sph")[0]) == 8000
+
+
+def test_channels_and_segments(tmp_path):
+    left, right = tone(3.0, 96000, 300), tone(3.0, 96000, 900)
+    path = tmp_path / "call.wav"
+    soundfile.write(path, np.stack([left, right], axis=1), 96000, subtype="FLOAT")
+    assert np.array_equal(audio.read(path, channel=1, start=0.5, end=1.0)[0], right[48000:96000])
+    assert np.allclose(audio.read(path)[0], (left + right) / 2, atol=1e-7)
+    assert len(audio.read(path, start=2.9, end=3.4)[0]) == 9600, "an annotation may end a little late"
+    for arguments, reason in [
+        ({"channel": 2}, "channel_missing"), ({"start": 3.0}, "bad_segment"), ({"end": 9.0}, "bad_segment"),
+        ({"start": 2.0, "end": 1.0}, "bad_segment"), ({"start": -1.0}, "bad_segment"),
+    ]:
+        for function in (audio.read, audio.length):
+            with pytest.raises(audio.AudioError) as caught:
+                function(path, **arguments)
+            assert caught.value.reason == reason
+
+
+def test_segments_of_a_compressed_call_are_those_of_the_whole(tmp_path):
+    encode(tmp_path / "call.amr", tone(3.0, 8000), 8000, "libopencore_amrnb")
+    whole, _ = audio.read(tmp_path / "call.amr")
+    part, _ = audio.read(tmp_path / "call.amr", start=1.0, end=2.0)
+    assert np.array_equal(part, whole[8000:16000])
+
+
+def test_a_streamed_flac_says_nothing_of_its_length_and_is_read_whole(tmp_path):
+    soundfile.write(tmp_path / "a.flac", tone(1.0, 16000), 16000)
+    data = bytearray((tmp_path / "a.flac").read_bytes())
+    data[21] &= 0xF0  # STREAMINFO's 36 bits of total samples
+    data[22:26] = bytes(4)
+    (tmp_path / "a.flac").write_bytes(data)
+    assert len(audio.read(tmp_path / "a.flac")[0]) == 16000
+    assert audio.length(tmp_path / "a.flac").samples == 16000
+
+
+# --- damage
+
+
+@pytest.mark.parametrize("share", [0.95, 0.5, 0.02])
+@pytest.mark.parametrize("name", ["a.flac", "a.wav", "a.mp3"])
+def test_a_file_cut_off_is_refused_not_shortened(tmp_path, name, share):
+    path = tmp_path / name
+    soundfile.write(path, RNG.normal(0, 0.1, 48000), 16000)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(audio.AudioError) as caught:
+        audio.read(path)
+    assert caught.value.reason in ("audio_unreadable", "audio_empty")
+
+
+def test_what_is_no_audio_has_a_reason(tmp_path):
+    (tmp_path / "text.wav").write_text("hello " * 99)
+    (tmp_path / "zero.wav").touch()
+    (tmp_path / "folder.wav").mkdir()
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 8000)
+    soundfile.write(tmp_path / "nan.wav", np.array([0, np.nan, 0]), 8000, subtype="FLOAT")
+    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n")
+    for name, reason in [
+        ("text.wav", "audio_unreadable"), ("zero.wav", "audio_unreadable"), ("folder.wav", "audio_missing"),
+        ("none.wav", "audio_missing"), ("empty.wav", "audio_empty"), ("nan.wav", "audio_not_finite"),
+        ("list.m3u8", "audio_unreadable"), ("a\0b", "audio_missing"),
+    ]:
+        with pytest.raises(audio.AudioError) as caught:
+            audio.read(tmp_path / name)
+        assert caught.value.reason == reason, name
+
+
+# --- writing
+
+
+@pytest.mark.parametrize("suffix", [".flac", ".wav"])
+def test_written_audio_is_16_bit_mono_and_appears_whole(tmp_path, suffix):
+    samples = np.append(tone(0.5, 16000), [2.0, -2.0])
+    audio.write(tmp_path / "new" / f"a{suffix}", samples, 16000)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [f"a{suffix}"]
+    header = soundfile.info(tmp_path / "new" / f"a{suffix}")
+    assert (header.frames, header.channels, header.subtype) == (8002, 1, "PCM_16")
+    back, _ = audio.read(tmp_path / "new" / f"a{suffix}")
+    assert np.abs(back[:8000] - samples[:8000]).max() < 2**-15
+    assert back[-2] > 0.999 and back[-1] == -1.0, "overload clips, it does not wrap"
+    assert audio.length(tmp_path / "new" / f"a{suffix}").plain
+
+
+def test_a_full_disk_says_so_and_leaves_nothing(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], check=False).returncode:
+        pytest.skip("may not mount a small disk here")
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            audio.write(disk / "a.wav", np.zeros(100_000), 16000)
+        assert not list(disk.iterdir())
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+# --- band
+
+
+def test_telephone_audio_is_told_by_its_spectrum_not_its_rate():
+    noise = RNG.normal(0, 0.1, 16000 * 4).astype(np.float32)
+    telephone = noise.copy()
+    spectrum = np.fft.rfft(telephone)
+    spectrum[len(spectrum) * 34 // 80 :] = 0
+    telephone = np.round(np.fft.irfft(spectrum) * 32768) / 32768
+    assert audio.is_narrow_band(telephone, 16000) and audio.is_narrow_band(noise, 8000)
+    assert not audio.is_narrow_band(noise, 16000)
+    assert not audio.is_narrow_band(telephone + 0.02 * noise, 16000), "images of a poor resampler are energy too"

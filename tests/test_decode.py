@@ -1,0 +1,215 @@
+"""Decoding gives what stock FunASR gives, whatever is batched, folded or interrupted; scores follow from it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from common import UserError, read_jsonl, write_jsonl
+from decode import PartFile, named
+from nano.inference import Recogniser, batches
+from nano.miniature import build_folder
+
+ROOT = __file__.rsplit("/tests/", 1)[0]
+TEXT = "您好我的退款订单号一二三四五六七八九逾期了吗"
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    size = {"encoder_dim": 64, "encoder_blocks": 1, "llm_dim": 64, "llm_layers": 2, "llm_head_dim": 16, "llm_ffn": 96}
+    return build_folder(tmp_path_factory.mktemp("model") / "mini", TEXT, size)
+
+
+@pytest.fixture(scope="module")
+def test_set(tmp_path_factory):
+    folder, rows = tmp_path_factory.mktemp("data"), []
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        samples = rng.standard_normal(int(16000 * rng.uniform(0.4, 4.0))) * rng.uniform(0.01, 0.3)
+        path = folder / f"{number}.wav"
+        soundfile.write(path, samples, 16000)
+        prompt = "语音转写：" if number % 2 else "语音转写，不进行文本规整："
+        rows.append({
+            "key": f"utt{number:02d}", "speech_length": len(samples) // 160, "text_length": 5,
+            "speaker": f"s{number % 5}",
+            "channel": {"hop1": {"codec": "amr_nb"}, "g711": "alaw"},
+            "messages": [
+                {"role": "system", "content": "You are a helpful assistant."},
+                {"role": "user", "content": f"{prompt}<|startofspeech|>!{path}<|endofspeech|>"},
+                {"role": "assistant", "content": TEXT[number % 10 : number % 10 + 6]},
+            ],
+        })
+    write_jsonl(folder / "test.jsonl", rows)
+    return folder / "test.jsonl", rows
+
+
+def write_conf(path, **changes):
+    conf = {"device": "cpu", "dtype": "auto", "batch_size": 4, "batch_seconds": 600, "max_new_tokens": 60,
+            "max_tokens_per_second": 30, "chinese_numerals": False, "bootstrap_resamples": 200, **changes}
+    path.write_text(json.dumps(conf), "utf-8")  # JSON is YAML
+    return path
+
+
+def decode_command(model_dir, test_set, output_dir, conf, *checkpoints):
+    return [sys.executable, "local/decode.py", "--model_dir", model_dir, "--test_set", f"real_test={test_set}",
+            "--output_dir", output_dir, "--conf", conf, *(f"--checkpoint={item}" for item in checkpoints or ["base="])]
+
+
+def helper(*command):
+    return subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_batched_transcripts_equal_stock_funasr_one_by_one(model_dir, test_set):
+    from funasr import AutoModel
+
+    rows = [row for row in test_set[1] if "不进行" not in row["messages"][1]["content"]]
+    paths = [row["messages"][1]["content"].split("!")[1].split("<")[0] for row in rows]
+    stock = AutoModel(model=str(model_dir), disable_update=True, device="cpu", ctc_decoder=None)
+    expected = [stock.generate(path, max_length=40)[0]["text"] for path in paths]
+    assert len(set(expected)) > len(rows) // 2  # the random model tells utterances apart, or this test shows nothing
+    assert Recogniser(model_dir, "cpu").transcribe(rows, 40, max_tokens_per_second=1e9) == expected
+
+
+def test_the_prompt_is_that_of_the_row(model_dir, test_set):
+    row = test_set[1][1]
+    other = json.loads(json.dumps(row, ensure_ascii=False).replace("语音转写：", "语音转写，不进行文本规整："))
+    recogniser = Recogniser(model_dir, "cpu")
+    assert recogniser.transcribe([row]) != recogniser.transcribe([other])
+
+
+def test_folded_and_unfolded_lora_decode_the_same_text(model_dir, test_set, tmp_path):
+    from funasr import AutoModel
+
+    lora = {"use_lora": True, "lora_conf": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05,
+                                            "target_modules": ["q_proj", "v_proj"]}}
+    unfolded = AutoModel(model=str(model_dir), disable_update=True, device="cpu", ctc_decoder=None, llm_conf=lora)
+    torch.manual_seed(0)
+    for name, parameter in unfolded.model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    torch.save({"state_dict": unfolded.model.state_dict(), "lora": {"r": 4, "lora_alpha": 8}}, tmp_path / "averaged.pt")
+    recogniser = Recogniser(model_dir, "cpu")
+    rows = test_set[1]
+    plain = recogniser.transcribe(rows, 40)
+    recogniser.load(tmp_path / "averaged.pt")
+    folded = recogniser.transcribe(rows, 40)
+    recogniser.auto_model = unfolded
+    assert folded == recogniser.transcribe(rows, 40)
+    assert folded != plain
+
+
+def test_a_checkpoint_that_lacks_a_tensor_is_refused(model_dir, tmp_path):
+    state = torch.load(model_dir / "model.pt")
+    removed = next(name for name in state if name.startswith("audio_adaptor."))
+    torch.save({name: tensor for name, tensor in state.items() if name != removed}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=removed):
+        Recogniser(model_dir, "cpu").load(tmp_path / "x.pt")
+
+
+def test_audio_of_another_rate_is_refused_not_resampled(model_dir, test_set):
+    with pytest.raises(UserError, match="16000 Hz, the frontend at 8000 Hz"):
+        Recogniser(model_dir, "cpu", frontend_fs=8000).transcribe(test_set[1][:1])
+
+
+def test_batches_hold_every_row_once_within_their_limits():
+    rows = [{"key": str(n), "speech_length": 100 * (n % 7 + 1)} for n in range(50)]
+    made = list(batches(rows, size=6, seconds=20))
+    assert sorted(row["key"] for batch in made for row in batch) == sorted(row["key"] for row in rows)
+    assert all(len(b) <= 6 and len(b) * max(r["speech_length"] for r in b) <= 2000 for b in made)
+    assert made == list(batches(rows[::-1], size=6, seconds=20))
+
+
+def test_killed_and_started_again_it_writes_the_same_bytes(model_dir, test_set, tmp_path):
+    conf = write_conf(tmp_path / "conf.yaml", batch_size=2, max_new_tokens=150, max_tokens_per_second=1e6)
+    whole = helper(*decode_command(model_dir, test_set[0], tmp_path / "whole", conf))
+    assert whole.returncode == 0, whole.stderr
+    command = [str(part) for part in decode_command(model_dir, test_set[0], tmp_path / "killed", conf)]
+    part = tmp_path / "killed" / "base.real_test.part"
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (part.is_file() and part.read_bytes().count(b"\n") > 5):
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it was done before it could be killed"
+    assert not part.with_suffix(".jsonl").exists()
+    with open(part, "r+b") as file:
+        file.truncate(part.stat().st_size - 7)  # a torn last line
+    again = helper(*decode_command(model_dir, test_set[0], tmp_path / "killed", conf))
+    assert again.returncode == 0, again.stderr
+    name = "base.real_test.jsonl"
+    assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not part.exists()
+
+
+def test_part_file_of_other_weights_is_not_continued(tmp_path):
+    part = PartFile(tmp_path / "x.part", "old")
+    part.append({"key": "a", "hyp": "旧"})
+    part.close()
+    assert list(PartFile(tmp_path / "x.part", "old").rows) == ["a"]
+    assert list(PartFile(tmp_path / "x.part", "new").rows) == []
+
+
+def test_unchanged_transcripts_are_kept_and_changed_weights_decoded_again(model_dir, test_set, tmp_path):
+    conf, checkpoint = write_conf(tmp_path / "conf.yaml", max_new_tokens=5), tmp_path / "own.pt"
+    state = torch.load(model_dir / "model.pt")
+    torch.save({"state_dict": state, "lora": None}, checkpoint)
+    command = decode_command(model_dir, test_set[0], tmp_path, conf, "base=", f"own={checkpoint}")
+    assert helper(*command).returncode == 0
+    rows = list(read_jsonl(tmp_path / "own.real_test.jsonl"))
+    assert [row["key"] for row in rows] == [row["key"] for row in test_set[1]]
+    assert {"key", "hyp", "ref", "seconds", "model", "test_set", "condition", "speaker", "call"} <= rows[0].keys()
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.jsonl")}
+    state["llm.lm_head.weight"] += 1.0
+    torch.save({"state_dict": state, "lora": None}, checkpoint)
+    again = helper(*command)
+    assert "base.real_test.jsonl: up to date" in again.stderr
+    after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.jsonl")}
+    assert [name for name in before if before[name] != after[name]] == ["own.real_test.jsonl"]
+
+
+@pytest.mark.parametrize("pairs", [["x"], ["a=1", "a=2"], ["../x=1"], ["=1"]])
+def test_names_that_could_not_be_file_names_are_refused(pairs):
+    with pytest.raises(UserError):
+        named(pairs, "--checkpoint")
+
+
+def transcript_rows(model, test_set, hypotheses, references):
+    return [{"key": str(n), "hyp": hyp, "ref": ref, "seconds": 3.0, "model": model, "test_set": test_set,
+             "condition": {"hop1": {"codec": "g711_alaw"}, "noise": {"kind": "white", "snr_db": 12.0}, "g711": "alaw"},
+             "speaker": f"s{n}", "call": None}
+            for n, (hyp, ref) in enumerate(zip(hypotheses, references, strict=True))]
+
+
+def test_summary_holds_the_rows_of_the_contract(tmp_path):
+    references = ["我要退款", "逾期了吗", "好的"]
+    for model, test_set, hypotheses, truth in (
+        ("base", "real_test", ["我要腿款", "", "好的好的好的好的好的好的"], references),
+        ("final", "real_test", ["我要退款", "预期了吗", "好的"], references),
+        ("base", "no_speech", ["嗯嗯", "", ""], ["", "", ""]),
+    ):
+        write_jsonl(tmp_path / "t" / f"{model}.{test_set}.jsonl", transcript_rows(model, test_set, hypotheses, truth))
+    conf = write_conf(tmp_path / "conf.yaml")
+    done = helper(sys.executable, "local/score.py", "--transcripts", tmp_path / "t", "--conf", conf,
+                  "--output", tmp_path / "summary.json")
+    assert done.returncode == 0, done.stderr
+    rows = {(row["model"], row["test_set"]): row for row in json.loads((tmp_path / "summary.json").read_text("utf-8"))}
+    base, final, silence = rows["base", "real_test"], rows["final", "real_test"], rows["base", "no_speech"]
+    assert {"model", "test_set", "utterances", "cer", "cer_low", "cer_high", "wer", "kwer"} <= base.keys()
+    assert base["cer"] == pytest.approx((1 + 4 + 10) / 10) and (base["loops"], base["empties"]) == (1, 1)
+    assert final["cer"] == pytest.approx(0.1) and base["cer_low"] <= base["cer"] <= base["cer_high"]
+    assert base["kwer"] == 1.0 and final["kwer"] == 0.0  # 逾期|预期 is one keyword
+    assert base["p_value"] is None and 0 < final["p_value"] <= 1
+    assert silence["cer"] is None and silence["chars_per_minute"] == pytest.approx(2 / 0.15)
+    assert base["chars_per_minute"] is None
+    details = json.loads((tmp_path / "details.json").read_text("utf-8"))
+    values = {(row["condition"], row["value"]) for row in details["conditions"]}
+    assert {("codec", "g711_alaw"), ("snr", "10 to 15 dB"), ("loss", "under 0.1 % packets lost"),
+            ("duration", "2 to 5 seconds"), ("speaker", "s1")} <= values
+    assert ("退", "腿") in [(row["reference"], row["hypothesis"]) for row in details["confusions"]]
+    assert "real_test" in done.stdout and "CER %" in done.stdout

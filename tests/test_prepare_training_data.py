@@ -1,0 +1,570 @@
+"""Stage 0 loses no row, writes nothing outside its folder, and survives what people and systems do to it."""
+
+import filecmp
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import audio
+from common import UserError
+from corpus import group_rows, read_rows
+from prepare_training_data import main, text_lengths
+from text_rules import TextRules, spoken_length
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf/data_filter.yaml"
+RULES = TextRules.load(CONF)
+
+
+def speech(seconds, rate, seed=0):
+    """Noise that comes and goes: no silence, no clipping, energy up to half the rate."""
+    rng = np.random.default_rng(seed)
+    n = round(seconds * rate)
+    return (rng.normal(0, 0.05, n) * (1.2 + np.sin(np.arange(n) / rate * 12))).astype(np.float32)
+
+
+def write_lines(path, rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows))
+    return path
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+
+
+def command(*words, **options):
+    """Run the helper as a user does."""
+    line = [sys.executable, str(ROOT / "local/prepare_training_data.py"), *map(str, words)]
+    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False, **options)
+
+
+def filtered(tmp_path, rows, *options, name="train"):
+    """Rows kept, and the reasons of those that are not by key."""
+    write_lines(tmp_path / "in.jsonl", rows)
+    main(["filter", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / f"{name}.jsonl"),
+          "--conf", str(CONF), "--max_reject_ratio", "1", "--num_workers", "1", *map(str, options)])
+    rejects = read_lines(tmp_path / f"rejected_{name}.jsonl")
+    return read_lines(tmp_path / f"{name}.jsonl"), {row["key"]: row["reason"] for row in rejects}
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Six utterances of three speakers at 8 kHz."""
+    rows = []
+    for i in range(6):
+        soundfile.write(tmp_path / f"u{i}.wav", speech(2.0, 8000, i), 8000)
+        rows.append({"key": f"u{i}", "source": f"u{i}.wav", "target": f"你好第{i}句话", "speaker": f"s{i % 3}"})
+    return rows
+
+
+# --- text
+
+
+@pytest.mark.parametrize(
+    ("raw", "normal"),
+    [
+        ("你 好 ，世 界", "你好，世界"), ("ＡＢＣ　１２３", "ABC 123"), ("我用 App 打 电话", "我用 App 打电话"),
+        ("好的,没问题!", "好的，没问题！"), ("３：３０见", "3：30见"), ("费用是1,000元", "费用是1,000元"),
+        ("Hello, world!", "Hello, world!"), ("a\u200bb\tc\r\nd", "ab c d"), ("ｶﾀｶﾅ", "カタカナ"), ("", ""),
+    ],
+)
+def test_text_is_normalised(raw, normal):
+    assert RULES.normalise(raw) == normal
+    assert RULES.normalise(normal) == normal, "normalising twice changes nothing"
+
+
+def test_case_and_punctuation_follow_the_policy(tmp_path):
+    config = yaml.safe_load(CONF.read_text())
+    config["text"] = {"case": "lower", "punctuation": "remove"}
+    (tmp_path / "spoken.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
+    rules = TextRules.load(tmp_path / "spoken.yaml")
+    assert rules.normalise("好的， 你说。Don't STOP_ it, OK?") == "好的你说 don't stop it ok"
+    assert rules.reason("您好<Annotation_Error>"), "the policy does not hide a mark from the rules"
+
+
+def test_a_rule_that_breaks_its_examples_stops_the_run(tmp_path, corpus):
+    config = yaml.safe_load(CONF.read_text())
+    config["rules"][0]["keeps"].append("<ANNOTATION_ERROR>")
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(config))
+    done = command("filter", "--input", write_lines(tmp_path / "in.jsonl", corpus), "--output", tmp_path / "out.jsonl",
+                   "--conf", tmp_path / "bad.yaml")
+    assert done.returncode == 2 and "does not keep" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("change", [{"text": {"cas": "lower"}}, {"train_only": {"max_length": 3}}, {"rulez": []}, {"rules": [{}]}])
+def test_a_setting_nobody_reads_is_refused(tmp_path, change):
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(yaml.safe_load(CONF.read_text()) | change))
+    with pytest.raises(UserError) as caught:
+        TextRules.load(tmp_path / "bad.yaml")
+    assert caught.value.code == 2
+
+
+def test_latin_letters_take_less_time_than_characters():
+    assert spoken_length("你好12") == 4 and spoken_length("hello!") == pytest.approx(5 / 3) and spoken_length("") == 0
+
+
+# --- filter: every reason
+
+
+def test_each_fault_has_its_reason_and_nothing_else_is_dropped(tmp_path, corpus):
+    good = corpus[0]
+    soundfile.write(tmp_path / "silent.wav", np.zeros(16000), 8000)
+    soundfile.write(tmp_path / "loud.wav", np.sign(speech(2, 8000)) * 0.999, 8000)
+    soundfile.write(tmp_path / "short.wav", speech(0.05, 8000), 8000)
+    soundfile.write(tmp_path / "copy.wav", speech(2.0, 8000, 1), 8000)
+    faults = {
+        "annotation_error": {"target": "您好<ANNOTATION_ERROR>"}, "audio_missing": {"source": "none.wav"},
+        "silent": {"source": "silent.wav"}, "clipped": {"source": "loud.wav"}, "too_short": {"source": "short.wav"},
+        "chars_per_second": {"source": "u2.wav", "target": "说" * 60}, "bad_segment": {"start": 1.5, "end": 1.0},
+        "bad_field": {"channel": "left"}, "channel_missing": {"channel": 1}, "missing_field": {"target": None},
+        "duplicate_audio": {"source": "copy.wav"},
+    }
+    rows = [good, corpus[1], good, *(good | fault | {"key": reason} for reason, fault in faults.items()), '{"key": 1']
+    kept, reasons = filtered(tmp_path, rows)
+    assert [row["key"] for row in kept] == ["u0", "u1"]
+    assert reasons == {reason: reason for reason in faults} | {"u0": "duplicate_key", None: "bad_json"}
+    assert kept[0]["raw_target"] == good["target"] and kept[0]["source"] == str(tmp_path / "u0.wav")
+
+
+def test_dev_and_test_are_not_cut_by_rules_for_train(tmp_path, corpus):
+    soundfile.write(tmp_path / "long.wav", speech(121, 8000), 8000)
+    soundfile.write(tmp_path / "silent.wav", np.zeros(16000), 8000)
+    rows = [corpus[0] | {"key": name, "source": f"{name}.wav"} for name in ("long", "silent")]
+    assert filtered(tmp_path, [*rows, corpus[1]])[1] == {"long": "too_long", "silent": "silent"}
+    for split in ("dev", "test"):
+        assert filtered(tmp_path, rows, "--split", split)[1] == {}
+    kept, reasons = filtered(tmp_path, [*rows, corpus[1]], "--max_speech_percentile", 40, "--headers_only")
+    assert reasons == {"long": "too_long"} and len(kept) == 2
+
+
+def test_a_test_set_of_no_speech_keeps_its_empty_references(tmp_path, corpus):
+    rows = [corpus[0] | {"target": ""}]
+    kept, _ = filtered(tmp_path, [*rows, corpus[1]], "--split", "test", "--filter_annotation_error", "false")
+    assert kept[0]["target"] == ""
+
+
+def test_what_leaks_from_dev_is_dropped_and_shared_text_is_not(tmp_path, corpus):
+    filtered(tmp_path, corpus[:1], name="dev")
+    soundfile.write(tmp_path / "same.wav", speech(2.0, 8000, 0), 8000)
+    train = [
+        corpus[1] | {"target": corpus[0]["target"]}, corpus[3], corpus[2] | {"source": "u0.wav"},
+        corpus[2] | {"key": "copy", "source": "same.wav"},
+    ]
+    kept, reasons = filtered(tmp_path, train, "--against", tmp_path / "dev.jsonl")
+    assert [row["key"] for row in kept] == ["u1"]
+    assert reasons == {"u3": "leakage", "u2": "leakage", "copy": "leakage"}, "by speaker, by path, by content"
+
+
+def test_too_many_rejects_fail_and_show_why(tmp_path, corpus):
+    rows = [*corpus, *({"key": f"n{i}", "source": "none.wav", "target": "好"} for i in range(4))]
+    source, output = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    output.write_text("from an earlier run\n")
+    done = command("filter", "--input", source, "--output", output, "--max_reject_ratio", "0.3")
+    assert done.returncode == 1 and "audio_missing 4" in done.stderr and "Traceback" not in done.stderr
+    assert not output.exists() and len(read_lines(tmp_path / "rejected_out.jsonl")) == 4
+    assert command("filter", "--input", source, "--output", output, "--max_reject_ratio", "0.4").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["filter"], 2), (["filter", "--input", "none.jsonl", "--output", "o.jsonl"], 2), (["nonsense"], 2), (["--help"], 0),
+        (["filter", "--help"], 0), (["convert", "--help"], 0), (["validate", "--input", "none.jsonl"], 2),
+        (["stats", "--data_dir", "none"], 2),
+    ],
+)
+def test_wrong_commands_exit_2_with_a_line(tmp_path, words, code):
+    done = command(*[str(tmp_path / word) if word.endswith(".jsonl") else word for word in words])
+    assert done.returncode == code and "Traceback" not in done.stderr
+
+
+# --- malformed input of every kind
+
+
+WAVES = ["good.wav", "stereo.wav", "cut.flac", "text.wav", "", ".", "none.wav", "/", "a\0b", "good.wav\n", "|ls", "../good.wav"]
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=6,
+)
+ROW = st.fixed_dictionaries(
+    {},
+    optional={
+        "key": st.sampled_from(["a", "b", "../../x", "/etc/x", "k" * 500, "é\n", 7, "", "\ud800"]) | JSON,
+        "source": st.sampled_from(WAVES) | JSON,
+        "target": st.sampled_from(["你好世界", "[beep]", "", "。", "\ufffd", "<|im_end|>", "a" * 999]) | JSON,
+        "channel": st.sampled_from([0, 1, 2, -1, True, 1.5, {"codec": "pcma"}]) | JSON,
+        "start": st.sampled_from([0, 0.1, -1, 99, 1e300]) | JSON,
+        "end": st.sampled_from([0, 0.5, 1, 99]) | JSON,
+        "speaker": st.just("s") | JSON,
+    },
+)
+GOOD = st.fixed_dictionaries(
+    {"key": st.text(st.characters(), max_size=9), "source": st.just("good.wav"), "target": st.just("你好世界"),
+     "start": st.floats(0, 0.5, allow_nan=False)}
+)
+DEEP = st.sampled_from(["[" * 5000, '{"a":' * 5000, "[" * 200 + "]" * 200, "1" * 5000, '"\\ud800"', "NaN", '{"key": Infinity}'])
+LINE = (
+    (ROW | GOOD | JSON).map(lambda value: json.dumps(value).encode())
+    | GOOD.map(lambda value: json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass"))
+    | DEEP.map(str.encode)
+    | st.binary(max_size=30).map(lambda value: value.replace(b"\n", b"\r"))
+)
+
+
+@pytest.fixture(scope="module")
+def waves(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("waves")
+    soundfile.write(folder / "good.wav", speech(1.0, 8000), 8000)
+    soundfile.write(folder / "stereo.wav", np.stack([speech(1.0, 8000, 1), speech(1.0, 8000, 2)], 1), 8000)
+    soundfile.write(folder / "cut.flac", speech(1.0, 8000), 8000)
+    (folder / "cut.flac").write_bytes((folder / "cut.flac").read_bytes()[:500])
+    (folder / "text.wav").write_text("no audio")
+    return folder
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(LINE, max_size=12), split=st.sampled_from(["train", "test"]), strict=st.booleans())
+def test_in_is_out_plus_rejected_whatever_is_given(waves, lines, split, strict):
+    source, kept, rejected = waves / "in.jsonl", waves / "out/x.jsonl", waves / "out/rejected_x.jsonl"
+    source.write_bytes(b"\n".join(lines))
+    rows_in = sum(bool(line.strip()) for line in source.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"))
+    code = 0
+    try:
+        main(["filter", "--input", str(source), "--output", str(kept), "--conf", str(CONF), "--split", split,
+              "--num_workers", "1", "--max_reject_ratio", "0.5" if strict else "1"])
+    except UserError as error:
+        code = error.code
+    reject_rows, kept_rows = read_lines(rejected), read_lines(kept)
+    assert all(row["reason"] and row["reason"].replace("_", "").isalpha() and row["detail"] for row in reject_rows)
+    passed = rows_in > len(reject_rows) and len(reject_rows) <= (0.5 if strict else 1) * rows_in
+    assert code == (0 if passed else 1)
+    assert kept.exists() == passed
+    if passed:
+        assert len(kept_rows) + len(reject_rows) == rows_in
+        assert len({row["key"] for row in kept_rows}) == len(kept_rows)
+        formatted = waves / "out/f.jsonl"
+        main(["convert", "--input", str(kept), "--output", str(formatted), "--do_upsample", "--num_workers", "1"])
+        assert len(read_lines(formatted)) == len(kept_rows)
+        main(["validate", "--input", str(formatted), "--check_audio"])
+    assert not [path for path in waves.rglob("*.flac") if path.name != "cut.flac" and waves / "out/audio/f" not in path.parents]
+
+
+def test_malformed_input_through_the_command_line(tmp_path, corpus):
+    lines = [b"\xff\xfe\x00", b"[" * 100_000, b'{"key": "\\ud800", "source": "u0.wav", "target": "x"}', b"null", b" ", b"{}"]
+    lines += [json.dumps(row).encode() for row in corpus]
+    (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
+    done = command("filter", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "o.jsonl", "--num_workers", 2)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (len(read_lines(tmp_path / "o.jsonl")), len(read_lines(tmp_path / "rejected_o.jsonl"))) == (6, 5)
+
+
+# --- Kaldi
+
+
+def test_a_kaldi_folder_with_segments(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "call 1.wav", speech(9.0, 8000), 8000)
+    (tmp_path / "wav.scp").write_text(f"rec1 {tmp_path}/call 1.wav\nrec2 sph2pipe -f wav x.sph |\n")
+    (tmp_path / "segments").write_text("a rec1 0.5 2.5\nb rec1 3 -1\nc rec2 0 1\nd rec9 0 1\ne rec1 x y\nf rec1 0 1\n")
+    (tmp_path / "text").write_text("a 你 好 啊\nb\t再见 了\nc 好\nd 好\ne 好\ng 好\nb 又一次\n")
+    (tmp_path / "utt2spk").write_text("a zhang\nb li\n")
+    entries = {(entry.row or entry.given)["key"] if isinstance(entry.given, dict) else "e": entry
+               for entry in read_rows(tmp_path) if entry.reason != "duplicate_key"}
+    assert {key: entry.reason for key, entry in entries.items()} == {
+        "a": "", "b": "", "c": "source_is_command", "d": "missing_field", "e": "bad_segment", "f": "missing_field",
+        "g": "missing_field",
+    }
+    assert [entry.reason for entry in read_rows(tmp_path)].count("duplicate_key") == 1
+    assert entries["a"].row == {
+        "key": "a", "source": f"{tmp_path}/call 1.wav", "target": "你 好 啊", "speaker": "zhang", "call": "rec1",
+        "start": 0.5, "end": 2.5,
+    }
+    assert "end" not in entries["b"].row
+    done = command("filter", "--input", tmp_path, "--output", tmp_path / "o.jsonl", "--max_reject_ratio", "1")
+    assert done.returncode == 0 and [row["seconds"] for row in read_lines(tmp_path / "o.jsonl")] == [2.0, 6.0]
+
+
+# --- split
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=30))
+def test_groups_share_no_call_and_no_speaker(pairs):
+    rows = [{"key": str(i), "source": str(i), "call": f"c{c}", "speaker": f"s{s}"} for i, (c, s) in enumerate(pairs)]
+    groups = group_rows(rows, ("call", "speaker"))
+    assert sorted(i for group in groups for i in group) == list(range(len(rows)))
+    for name in ("call", "speaker"):
+        owners = [{rows[i][name] for i in group} for group in groups]
+        assert sum(map(len, owners)) == len(set().union(*owners))
+
+
+def test_split_gives_two_halves_of_different_people(tmp_path, corpus):
+    rows = [row | {"key": f"{row['key']}-{i}", "source": f"/x/{row['key']}-{i}.wav"} for row in corpus for i in range(20)]
+    source, dev, test = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "dev.jsonl", tmp_path / "test.jsonl"
+    main(["split", "--input", str(source), "--dev", str(dev), "--test", str(test)])
+    first, second = read_lines(dev), read_lines(test)
+    assert sorted(first + second, key=rows.index) == rows and min(len(first), len(second)) == 40
+    assert not {row["speaker"] for row in first} & {row["speaker"] for row in second}
+    write_lines(source, random.Random(0).sample(rows, len(rows)))
+    main(["split", "--input", str(source), "--dev", str(dev), "--test", str(test)])
+    assert {row["key"] for row in read_lines(dev)} == {row["key"] for row in first}, "the order of the file does not matter"
+    write_lines(source, [row | {"speaker": "one"} for row in rows])
+    assert command("split", "--input", source, "--dev", dev, "--test", test).returncode == 1
+
+
+# --- convert
+
+
+def converted(tmp_path, rows, *options, name="train", workers=1):
+    source = write_lines(tmp_path / f"{name}_in.jsonl", rows)
+    main(["convert", "--input", str(source), "--output", str(tmp_path / f"out/{name}_formatted.jsonl"),
+          "--num_workers", str(workers), *map(str, options)])
+    return read_lines(tmp_path / f"out/{name}_formatted.jsonl")
+
+
+def path_of(row):
+    return row["messages"][1]["content"].split("|>!")[1].removesuffix("<|endofspeech|>")
+
+
+def test_a_formatted_row_is_what_funasr_reads(tmp_path, corpus):
+    rows = converted(tmp_path, corpus, "--do_upsample", "--text_style", "spoken")
+    assert [row["key"] for row in rows] == [row["key"] for row in corpus]
+    path = str(tmp_path / "out/audio/train/u0.flac")
+    assert rows[0] == {
+        "key": "u0", "speech_length": 200, "text_length": 6, "speaker": "s0",
+        "messages": [
+            {"role": "system", "content": "You are a helpful assistant."},
+            {"role": "user", "content": f"语音转写，不进行文本规整：<|startofspeech|>!{path}<|endofspeech|>"},
+            {"role": "assistant", "content": "你好第0句话"},
+        ],
+    }
+    header = soundfile.info(path)
+    assert (header.samplerate, header.channels, header.frames) == (16000, 1, 32000)
+
+
+def test_stereo_calls_segments_and_rates_become_16_khz_mono(tmp_path):
+    left, right = speech(3.0, 48000, 1), speech(3.0, 48000, 2)
+    soundfile.write(tmp_path / "call.wav", np.stack([left, right], 1), 48000)
+    soundfile.write(tmp_path / "low.wav", speech(1.0, 11025), 11025)
+    soundfile.write(tmp_path / "whole.flac", speech(1.0, 16000), 16000)
+    rows = converted(tmp_path, [
+        {"key": "l", "source": "call.wav", "target": "好", "channel": 0, "start": 1.0, "end": 2.505},
+        {"key": "r", "source": "call.wav", "target": "好", "channel": 1},
+        {"key": "low", "source": "low.wav", "target": "好"},
+        {"key": "whole", "source": "whole.flac", "target": "好", "channel": {"codec": "pcma"}},
+        {"key": "half", "source": "whole.flac", "target": "好", "end": 0.5},
+    ], "--do_upsample")
+    assert [row["speech_length"] for row in rows] == [150, 300, 100, 100, 50]
+    assert path_of(rows[3]) == str(tmp_path / "whole.flac") and rows[3]["channel"] == {"codec": "pcma"}
+    assert "channel" not in rows[0]
+    from telephone.resample import resample
+
+    expected = resample(left[48000:120240], 48000, 16000)
+    assert np.abs(audio.read(path_of(rows[0]))[0] - expected).max() < 2**-14
+
+
+def test_low_rates_need_do_upsample(tmp_path, corpus):
+    with pytest.raises(UserError, match="sampling_rate 6"):
+        converted(tmp_path, corpus)
+    assert {row["reason"] for row in read_lines(tmp_path / "out/rejected_train_formatted.jsonl")} == {"sampling_rate"}
+    rows = converted(tmp_path, corpus, "--output_fs", 8000)
+    assert path_of(rows[0]) == str(tmp_path / "u0.wav"), "8 kHz files serve an 8 kHz front end in place"
+
+
+def test_keys_from_strangers_stay_in_the_output_folder(tmp_path, corpus):
+    keys = ["../../x", "/etc/passwd", "..", "好的", "a\nb", "a b", "a/b", "x" * 4000, "$(touch pwned)", "'; rm -rf ~;'"]
+    rows = converted(tmp_path, [corpus[0] | {"key": key} for key in keys], "--do_upsample")
+    assert [row["key"] for row in rows] == keys
+    assert len({path_of(row) for row in rows}) == len(keys)
+    assert all(Path(path_of(row)).parent == tmp_path / "out/audio/train" for row in rows)
+    main(["validate", "--input", str(tmp_path / "out/train_formatted.jsonl"), "--check_audio"])
+
+
+def test_the_same_key_in_train_and_dev_has_two_files(tmp_path, corpus):
+    train = converted(tmp_path, corpus[:1], "--do_upsample")
+    dev = converted(tmp_path, [corpus[1] | {"key": "u0"}], "--do_upsample", name="dev")
+    assert path_of(train[0]) != path_of(dev[0])
+
+
+def test_a_path_that_would_break_the_prompt_is_copied(tmp_path, corpus):
+    soundfile.write(tmp_path / "a<|endofspeech|>b.wav", speech(1.0, 16000), 16000)
+    rows = converted(tmp_path, [corpus[0] | {"source": "a<|endofspeech|>b.wav"}])
+    assert path_of(rows[0]) == str(tmp_path / "out/audio/train/u0.flac")
+
+
+def test_workers_do_not_change_a_byte(tmp_path, corpus):
+    converted(tmp_path, corpus, "--do_upsample", "--output_audio_dir", tmp_path / "one")
+    first = (tmp_path / "out/train_formatted.jsonl").read_text().replace(str(tmp_path / "one"), "")
+    converted(tmp_path, corpus, "--do_upsample", "--output_audio_dir", tmp_path / "two", workers=2)
+    assert (tmp_path / "out/train_formatted.jsonl").read_text().replace(str(tmp_path / "two"), "") == first
+    assert same_tree(tmp_path / "one", tmp_path / "two")
+
+
+def test_text_length_counts_tokens_of_the_models_tokenizer(tmp_path, corpus):
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(["你好"] * 9, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    fast.save_pretrained(tmp_path / "tokenizer")
+    rows = converted(tmp_path, corpus, "--do_upsample", "--tokenizer", tmp_path / "tokenizer")
+    assert [row["text_length"] for row in rows] == [len(fast.tokenize(row["target"])) for row in corpus]
+    texts = [f"您好，这里是第{i}号客服，请问有什么可以帮您的吗？" for i in range(10_000)]
+    count, start = text_lengths(str(tmp_path / "tokenizer")), time.time()
+    assert len(count(texts)) == 10_000 and time.time() - start < 6, "100,000 rows in under a minute"
+    for folder in (tmp_path / "none", tmp_path):
+        with pytest.raises(UserError) as caught:
+            text_lengths(str(folder))
+        assert caught.value.code == 2
+
+
+# --- validate and stats
+
+
+def test_validate_finds_each_fault_and_exits_1(tmp_path, corpus):
+    converted(tmp_path, corpus[:3], "--do_upsample")
+    converted(tmp_path, corpus[4:5], "--do_upsample", name="dev")
+    train, dev = tmp_path / "out/train_formatted.jsonl", tmp_path / "out/dev_formatted.jsonl"
+    done = command("validate", "--input", train, dev)
+    assert done.returncode == 1 and "speaker 's1'" in done.stderr, "u1 and u4 are one person's"
+    assert command("validate", "--input", train).returncode == 0
+    rows = read_lines(train)
+    soundfile.write(tmp_path / "low.wav", speech(2.0, 8000), 8000)
+    prompt = "<|startofspeech|>!{}<|endofspeech|>"
+    faults = [
+        ({"speech_length": 201}, "speech_length"), ({"text_length": 0}, "text_length"), ({"key": "u1"}, "was there before"),
+        ({"messages": rows[0]["messages"][:2]}, "system, user, assistant"), ({"messages": None}, "messages"),
+        ({"messages": [rows[0]["messages"][0], {"role": "user", "content": prompt.format("/none.wav")},
+                       rows[0]["messages"][2]]}, "does not exist"),
+        ({"messages": [rows[0]["messages"][0], {"role": "user", "content": prompt.format(tmp_path / "low.wav")},
+                       rows[0]["messages"][2]]}, "8000 Hz"),
+        ({"messages": [rows[0]["messages"][0], {"role": "user", "content": "x"}, rows[0]["messages"][2]]}, "startofspeech"),
+    ]
+    for fault, message in faults:
+        write_lines(train, [*rows[1:], rows[0] | fault])
+        with pytest.raises(UserError, match=message) as caught:
+            main(["validate", "--input", str(train)])
+        assert caught.value.code == 1
+    train.write_text("")
+    assert command("validate", "--input", train).returncode == 1
+
+
+def test_the_report_adds_up_and_says_when_it_does_not(tmp_path, corpus):
+    source = write_lines(tmp_path / "train.jsonl", [*corpus, "no json"])
+    data = tmp_path / "data/real_8k_telephone"
+    main(["filter", "--input", str(source), "--output", str(tmp_path / "w.jsonl"), "--conf", str(CONF)])
+    main(["convert", "--input", str(tmp_path / "w.jsonl"), "--output", str(data / "train_formatted.jsonl"), "--do_upsample"])
+    (tmp_path / "rejected_w.jsonl").rename(data / "rejected_train.jsonl")
+    words = ["stats", "--data_dir", str(tmp_path / "data"), "--source", f"real_8k_telephone/train={source}"]
+    main(words)
+    report = (tmp_path / "data/STAGE0_COMPLETION_REPORT.md").read_text()
+    assert "| real_8k_telephone/train | 7 | 6 | 1 | 14.3% | 0.00 | 7 |" in report and "| bad_json | 1 |" in report
+    assert (tmp_path / "data/stage0_histograms.png").stat().st_size > 10_000
+    write_lines(source, [*corpus, "no json", "one more"])
+    with pytest.raises(UserError, match="has 8 rows"):
+        main(words)
+
+
+# --- faults
+
+
+def same_tree(one, two):
+    compared = filecmp.dircmp(one, two, ignore=[])
+    if compared.left_only or compared.right_only or compared.funny_files:
+        return False
+    _, different, errors = filecmp.cmpfiles(one, two, compared.common_files, shallow=False)
+    return not different and not errors and all(same_tree(one / name, two / name) for name in compared.common_dirs)
+
+
+def many(corpus, count):
+    return [corpus[i % 6] | {"key": f"k{i}"} for i in range(count)]
+
+
+def start_convert(tmp_path, source, *options):
+    line = [sys.executable, ROOT / "local/prepare_training_data.py", "convert", "--input", source, "--do_upsample",
+            "--output", tmp_path / "train_formatted.jsonl", "--output_audio_dir", tmp_path / "audio", *options]
+    return subprocess.Popen(list(map(str, line)), stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait_for_files(folder, process):
+    while process.poll() is None and len(list(folder.rglob("*.flac"))) < 20:
+        time.sleep(0.02)
+
+
+def test_a_worker_killed_by_the_system_is_a_clear_error_and_work_is_kept(tmp_path, corpus):
+    source = write_lines(tmp_path / "in.jsonl", many(corpus, 3000))
+    process = start_convert(tmp_path / "out", source, "--num_workers", 2)
+    wait_for_files(tmp_path / "out", process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [int(child) for child in children if "popen_loky" in Path(f"/proc/{child}/cmdline").read_text()]
+    os.kill(workers[0], signal.SIGKILL)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 1 and "killed by the system" in log, log
+    assert list((tmp_path / "out/audio").rglob("*.flac")) and not (tmp_path / "out/train_formatted.jsonl").exists()
+
+
+@pytest.mark.full
+def test_twenty_kills_and_a_rerun_end_in_the_same_bytes(tmp_path, corpus):
+    source, folder = write_lines(tmp_path / "in.jsonl", many(corpus, 3000)), tmp_path / "out"
+    assert start_convert(folder, source, "--num_workers", 2).wait() == 0
+    folder.rename(tmp_path / "whole")
+    rng = random.Random(0)
+    for _ in range(20):
+        process = start_convert(folder, source, "--num_workers", 2)
+        time.sleep(rng.uniform(0.3, 3.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert start_convert(folder, source, "--num_workers", 2).wait() == 0
+    assert same_tree(tmp_path / "whole", folder)
+
+
+def test_changed_settings_or_input_after_a_kill_redo_the_files(tmp_path, corpus):
+    source = write_lines(tmp_path / "in.jsonl", many(corpus, 400))
+    process = start_convert(tmp_path / "out", source, "--num_workers", 1)
+    wait_for_files(tmp_path / "out", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    soundfile.write(tmp_path / "u0.wav", speech(1.0, 8000, 9), 8000)
+    rows = [row | {"source": "u5.wav"} if row["source"] == "u1.wav" else row for row in many(corpus, 400)]
+    assert start_convert(tmp_path / "out", write_lines(source, rows), "--num_workers", 1).wait() == 0
+    lengths = [row["speech_length"] for row in read_lines(tmp_path / "out/train_formatted.jsonl")]
+    assert lengths[::6] == [100] * len(lengths[::6])
+    first, fifth = (audio.read(tmp_path / f"out/audio/train/k{i}.flac")[0] for i in (1, 5))
+    assert np.array_equal(first, fifth)
+
+
+@pytest.mark.full
+def test_a_dask_cluster_writes_the_same_bytes(tmp_path, corpus):
+    source = write_lines(tmp_path / "in.jsonl", many(corpus, 200))
+    assert start_convert(tmp_path / "local", source, "--num_workers", 2).wait() == 0
+    dask = str(Path(sys.executable).with_name("dask"))
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
+    address = f"tcp://127.0.0.1:{random.randrange(20000, 60000)}"
+    cluster = [subprocess.Popen([dask, "scheduler", "--host", address, "--no-dashboard"], **quiet)]
+    cluster += [subprocess.Popen([dask, "worker", address, "--nthreads", "1", "--no-dashboard"], **quiet) for _ in "ab"]
+    try:
+        time.sleep(5)
+        process = start_convert(tmp_path / "dask", source, "--dask_scheduler", address)
+        assert process.wait(timeout=120) == 0, process.stderr.read()
+    finally:
+        for part in reversed(cluster):
+            part.terminate()
+            part.wait()
+    assert same_tree(tmp_path / "local/audio", tmp_path / "dask/audio")
+    formatted = [(tmp_path / name / "train_formatted.jsonl").read_text().replace(f"/{name}/", "/") for name in ("local", "dask")]
+    assert formatted[0] == formatted[1]

@@ -1,0 +1,181 @@
+"""The report says what the scores say, names what is missing, and the final model stands on its own."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from common import write_json, write_jsonl
+from nano.miniature import build_folder
+from report import judge, losses
+
+ROOT = __file__.rsplit("/tests/", 1)[0]
+TEXTS = ["您好我要退款", "订单号三五七九", "您的账户已经逾期", "好的我同意办理", "请问是本人吗", "还款日是十五号"]
+ERROR_RATES = {"base": 0.45, "stage1": 0.2, "stage2": 0.15, "stage3": 0.12, "final": 0.1}
+STEP = ("{kind}, rank: 0, epoch: 0/2, data_slice: 0/1, step_in_slice: {step}/20, step_in_epoch: {step}, "
+        "total step: {step}, (loss_avg_rank: 1.000), (loss_avg_slice: {loss:.3f}), (ppl_avg_slice: 2.0), (lr: 1e-3)\n")
+
+
+def helper(script, *arguments, cwd=ROOT):
+    command = [sys.executable, f"{ROOT}/local/{script}", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def make_experiment(folder, utterances=60):
+    """An experiment's folder as the stages leave it, with transcripts whose errors are drawn at known rates."""
+    rng, audio_rows = np.random.default_rng(0), {}
+    alphabet = "".join(TEXTS)
+    for test_set in ("real_test", "simulated_test", "wideband_test", "no_speech"):
+        name = {"real_test": "real_8k_telephone", "simulated_test": "simulated_8k_telephone",
+                "wideband_test": "wideband_16k", "no_speech": "no_speech"}[test_set]
+        rows = []
+        for number in range(utterances if test_set != "no_speech" else 5):
+            path = folder / "data" / name / "audio" / f"{number}.flac"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            seconds = float(rng.uniform(1.0, 4.0))
+            tone = 0.2 * np.sin(np.arange(int(16000 * seconds)) * rng.uniform(0.05, 0.4))
+            soundfile.write(path, tone, 16000)
+            channel = {"hop1": {"codec": str(rng.choice(["g711_alaw", "amr_nb", "gsm_fr"]))}, "g711": "alaw",
+                       "noise": {"kind": "babble", "snr_db": float(rng.uniform(5, 30))}}
+            rows.append({
+                "key": f"utt{number}", "ref": TEXTS[number % 6] if test_set != "no_speech" else "",
+                "seconds": seconds, "condition": channel if test_set == "simulated_test" else None,
+                "speaker": f"s{number % 20}", "call": None, "test_set": test_set, "audio": str(path),
+            })
+        audio_rows[test_set] = rows
+        write_jsonl(folder / "data" / name / "test_formatted.jsonl",
+                    [{"key": row["key"], "speech_length": int(row["seconds"] * 100)} for row in rows])
+        write_jsonl(folder / "data" / name / "rejected_test.jsonl", [])
+        for model, rate in ERROR_RATES.items():
+            scale = 0.3 if test_set == "wideband_test" else 1.0
+            heard = [row | {"model": model, "hyp": "".join(
+                str(rng.choice(list(alphabet))) if rng.random() < rate * scale else letter for letter in row["ref"])}
+                for row in rows]
+            write_jsonl(folder / "eval" / "transcripts" / f"{model}.{test_set}.jsonl", heard)
+    for stage, module in (("stage1_encoder_adapt", "audio_encoder"), ("stage2_adapter_align", "audio_adaptor")):
+        exp = folder / "exp" / "8k_telephone" / stage
+        write_json(exp / "run.json", {"command": ["python", "local/train.py"], "commit": "abc123", "seed": 0,
+                                      "rows_per_epoch": 1000, "versions": {"funasr": "1.4.16"}})
+        write_json(exp / "parameters.json", {module: {"parameters": 700, "trainable": 700}})
+        (exp / "train.log").write_text("".join(
+            STEP.format(kind=kind, step=step, loss=3 / step ** 0.5 + (kind == "val") * 0.1)
+            for step in range(5, 60, 5) for kind in ("train", "val") if kind == "train" or step % 15 == 0), "utf-8")
+    write_json(folder / "eval" / "interpolation.json", {
+        "alpha": 0.75, "model": "alpha_0.75", "reason": "lowest telephone CER on dev", "max_wideband_loss": 0.05,
+        "base_wideband_cer": 0.1, "curve": [{"model": "a", "alpha": a, "telephone_cer": 0.4 - 0.3 * a,
+                                             "wideband_cer": 0.1 + 0.02 * a} for a in (0.25, 0.5, 0.75, 1.0)]})
+    (folder / "logs").mkdir()
+    (folder / "logs" / "stage1.log").write_text("# bash run_experiment.sh '1'\nmore\n", "utf-8")
+    summary = folder / "eval" / "summary.json"
+    done = helper("score.py", "--transcripts", folder / "eval" / "transcripts", "--output", summary)
+    assert done.returncode == 0, done.stderr
+    return json.loads(summary.read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "exp_output"
+    return folder, make_experiment(folder)
+
+
+def test_headline_agrees_with_the_summary_and_the_file_needs_no_network(experiment):
+    folder, summary = experiment
+    done = helper("report.py", "--exp_output", folder, "--output", folder / "report")
+    assert done.returncode == 0, done.stderr
+    page, text = ((folder / "report" / name).read_text("utf-8") for name in ("index.html", "report.md"))
+    scores = {(row["model"], row["test_set"]): row for row in summary}
+    for model in ("base", "final"):
+        cer = f"{100 * scores[model, 'real_test']['cer']:.2f}"
+        assert cer in page.split("Scores")[0] and cer in text.split("## Scores")[0]
+    assert f"{100 * scores['final', 'real_test']['cer_low']:.2f}" in page.split("Scores")[0]
+    assert "Deploy: calls are recognised better" in page
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert page.count("<audio") == 20 + 2 * 3  # the worst, and each codec with its original
+    assert "Missing from this report" not in page
+    assert "bash run_experiment.sh &#39;1&#39;" in page and "audio_encoder 700" in page and "abc123" in page
+    for name in scores:
+        assert name[0] in text and name[1] in text
+
+
+def test_without_audio_no_voice_is_in_the_file(experiment, tmp_path):
+    done = helper("report.py", "--exp_output", experiment[0], "--output", tmp_path, "--report_audio", "false")
+    assert done.returncode == 0, done.stderr
+    assert "<audio" not in (tmp_path / "index.html").read_text("utf-8")
+
+
+def test_missing_parts_are_named_not_invented(tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = helper("report.py", "--exp_output", tmp_path / "empty", "--output", tmp_path / "report")
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "report" / "index.html").read_text("utf-8")
+    assert "Nothing to decide on yet" in page and "Missing from this report" in page
+    for name in ("summary.json", "details.json", "interpolation.json", "run.json", "_formatted.jsonl"):
+        assert name in page.split("Missing from this report")[1]
+    assert helper("report.py", "--exp_output", tmp_path / "no", "--output", tmp_path / "r").returncode == 2
+
+
+def score(model, test_set, cer=None, p_value=None, chars_per_minute=None):
+    return {"model": model, "test_set": test_set, "cer": cer, "p_value": p_value, "chars_per_minute": chars_per_minute}
+
+
+GOOD = [
+    score("base", "real_test", 0.3), score("final", "real_test", 0.1, 0.001), score("base", "wideband_test", 0.05),
+    score("final", "wideband_test", 0.055), score("base", "no_speech", chars_per_minute=1.0),
+    score("final", "no_speech", chars_per_minute=0.0),
+]
+
+
+def test_the_verdict_follows_the_scores():
+    assert judge(GOOD, 0.01)["deploy"] is True
+    for index, change, reason in (
+        (1, {"p_value": 0.2}, "not reliably better"), (1, {"cer": 0.31}, "not reliably better"),
+        (3, {"cer": 0.07}, "wideband CER rose by 2.00 points"), (5, {"chars_per_minute": 30.0}, "nobody speaks"),
+    ):
+        verdict = judge([row | (change if at == index else {}) for at, row in enumerate(GOOD)], 0.01)
+        assert verdict["deploy"] is False and reason in verdict["against"][0]
+    unscored = [row for row in GOOD if row["test_set"] != "wideband_test"]
+    assert judge(unscored, 0.01)["against"] == ["wideband_test was not scored"]
+    simulated = [row | {"test_set": row["test_set"].replace("real", "simulated")} for row in GOOD]
+    assert "no real calls" in judge(simulated, 0.01)["against"][0]
+
+
+def test_losses_are_read_from_the_trainers_own_log_lines():
+    log = STEP.format(kind="train", step=10, loss=2.5) + "noise\n" + STEP.format(kind="val", step=10, loss=2.75) * 2
+    assert losses(log) == {"train": [(10, 2.5)], "val": [(10, 2.75)]}
+
+
+def test_the_final_model_loads_in_stock_funasr_without_this_repository(experiment, tmp_path):
+    model_dir = build_folder(tmp_path / "base", "".join(TEXTS), {"encoder_dim": 64, "encoder_blocks": 1})
+    state = torch.load(model_dir / "model.pt")
+    torch.manual_seed(1)
+    state["audio_adaptor.linear1.weight"] += 0.1 * torch.randn_like(state["audio_adaptor.linear1.weight"])
+    torch.save({"state_dict": state, "lora": None}, tmp_path / "final.pt")
+    done = helper("export_model.py", "--model_dir", model_dir, "--checkpoint", tmp_path / "final.pt",
+                  "--summary", experiment[0] / "eval" / "summary.json", "--output", tmp_path / "out" / "final_model")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "out" / "final_model"
+    assert not list((tmp_path / "out").glob(".*"))
+    card = (folder / "MODEL_CARD.md").read_text("utf-8")
+    assert "| real_test | final | 60 |" in card and "0.75 of the adapted model" in card and "abc123" in card
+    wav = next((experiment[0] / "data" / "real_8k_telephone" / "audio").glob("*.flac"))
+    code = (f"import torch; from funasr import AutoModel; m = AutoModel(model='final_model', disable_update=True, "
+            f"ctc_decoder=None, device='cpu'); s = torch.load('{tmp_path}/final.pt')['state_dict']; "
+            f"assert all(torch.equal(t, s[n]) for n, t in m.model.state_dict().items()); "
+            f"print('TEXT', m.generate('{wav}', max_length=10)[0]['text'])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "out", env={"HOME": str(tmp_path)},
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and re.search(r"TEXT \S", done.stdout), done.stderr
+
+
+def test_a_checkpoint_of_another_model_is_not_exported(experiment, tmp_path):
+    model_dir = build_folder(tmp_path / "base", "甲乙", {"encoder_dim": 64, "encoder_blocks": 1})
+    torch.save({"state_dict": {"a": torch.ones(1)}, "lora": None}, tmp_path / "x.pt")
+    done = helper("export_model.py", "--model_dir", model_dir, "--checkpoint", tmp_path / "x.pt",
+                  "--summary", experiment[0] / "eval" / "summary.json", "--output", tmp_path / "final_model")
+    assert done.returncode == 1 and "lacks" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("*final_model*"))

@@ -1,0 +1,378 @@
+"""run_experiment.sh: what it refuses, where options come from, what it runs, in which order, and what it does not redo.
+
+The real script runs in a copy of the repository. Where whole stages are run, --python names a stand-in for the
+interpreter: it runs stage_status.py for real, and in place of any other helper notes the call and writes the files
+that the helper would. The helpers have tests of their own, and the demo runs them all.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+STAND_IN = '''#!{python}
+import json, os, sys
+from pathlib import Path
+
+args = sys.argv[1:]
+name = "train.py" if args[0] == "-m" else os.path.basename(args[0])
+if name in ("-c", "stage_status.py"):
+    os.execv(sys.executable, [sys.executable, *args])
+with open(os.environ["CALLS"], "a") as calls:
+    calls.write(json.dumps([name, *args[1:]]) + "\\n")
+print("output of", name, flush=True)
+if name == os.environ.get("FAILING"):
+    print("error: this helper fails", file=sys.stderr)
+    sys.exit(7)
+
+
+def option(flag):
+    return Path(args[args.index(flag) + 1]) if flag in args else None
+
+
+def write(path, text="written\\n"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+if name == "download_model.py":
+    write(option("--output") / "model_dir.txt", str(option("--model").resolve()) + "\\n")
+    write(option("--output") / "check.json")
+elif name == "train.py":
+    for file in ("averaged.pt", "run.json", "model.pt.ep1"):
+        write(option("--output_dir") / file, " ".join(args))
+elif name == "export_model.py":
+    for file in ("model.pt", "config.yaml"):
+        write(option("--output") / file)
+elif name == "report.py":
+    for file in ("index.html", "report.md"):
+        write(option("--output") / file)
+elif "choose" in args:
+    write(option("--output"), json.dumps({{"alpha": 0.75}}))
+elif "stats" in args:
+    write(option("--data_dir") / "STAGE0_COMPLETION_REPORT.md")
+elif name == "decode.py":
+    option("--output_dir").mkdir(parents=True)
+else:
+    for flag in ("--output", "--dev", "--test", "--valid_output"):
+        if option(flag):
+            write(option(flag), " ".join(args) + "\\n")
+            write(option(flag).with_name("rejected_" + option(flag).name))
+'''
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A copy of what the driver needs, under a path with a blank and quotes."""
+    copy = tmp_path_factory.mktemp("repo") / "a copy's \"name\""
+    for name in ("conf", "local"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "run_experiment.sh", copy)
+    return copy
+
+
+@pytest.fixture
+def recipe(repository, tmp_path):
+    """run(stage, ..., option=value) -> finished process; everything is written under tmp_path."""
+    stand_in = tmp_path / "stand-in"
+    stand_in.write_text(STAND_IN.format(python=sys.executable))
+    stand_in.chmod(0o755)
+    for name in ("config.yaml", "model.pt"):
+        (tmp_path / "base model").mkdir(exist_ok=True)
+        (tmp_path / "base model" / name).write_text("x")
+    for name in ("raw_train", "raw_dev", "real_train", "real_dev", "real_test"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+
+    def run(*arguments, environment=None, **options):
+        given = {
+            "exp_output": tmp_path / "exp's output", "model": tmp_path / "base model", "python": stand_in,
+            "raw_16k_train": tmp_path / "raw_train.jsonl", "raw_16k_dev": tmp_path / "raw_dev.jsonl",
+            "real_8k_train": tmp_path / "real_train.jsonl", "real_8k_dev": tmp_path / "real_dev.jsonl", **options,
+        }
+        flags = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
+        return driver(repository, *arguments, *flags, environment={"CALLS": tmp_path / "calls", **(environment or {})})
+
+    run.exp = tmp_path / "exp's output"
+    run.calls = lambda: [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    run.forget_calls = lambda: (tmp_path / "calls").write_text("")
+    run.forget_calls()
+    return run
+
+
+def driver(repository, *arguments, environment=None):
+    clean = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
+    command = ["bash", str(repository / "run_experiment.sh"), *map(str, arguments)]
+    environment = {**clean, **{name: str(value) for name, value in (environment or {}).items()}}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
+
+
+def options_of(call):
+    return dict(zip(call[1:], call[2:], strict=False))
+
+
+# --- usage and mistakes
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("1", "--help")])
+def test_usage_lists_every_option_with_its_comment(repository, arguments):
+    done = driver(repository, *arguments)
+    assert done.returncode == 0
+    for line in (ROOT / "conf/experiment.conf").read_text().splitlines():
+        if line[:1].isupper():
+            assert f"--{line.partition('=')[0].lower()} " in done.stdout
+    assert "Real calls added in stages 1 and 2" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["one"], "stage 'one' is not an integer"),
+        (["1.5"], "stage '1.5' is not an integer"),
+        (["6"], "stage '6' is not an integer from -1 to 5"),
+        (["-2"], "stage '-2' is not an integer from -1 to 5"),
+        (["3", "1"], "stop stage 1 is before stage 3"),
+        (["1", "2", "3"], "stray argument '3'"),
+        (["1", "--nope", "x"], "unknown option --nope"),
+        (["1", "--seed"], "--seed needs a value"),
+        (["--seed", "1"], "no stage given"),
+        (["1", "--seed", "x"], "--seed 'x' is not a whole number"),
+        (["1", "--real_share", "-1"], "--real_share '-1' is not a number"),
+        (["1", "--force", "yes"], "--force 'yes': expected true false"),
+        (["1", "--text_style", "sung"], "--text_style 'sung': expected written spoken"),
+        (["1", "--frontend_fs", "44100"], "--frontend_fs '44100': expected 16000 8000"),
+        (["4", "--alphas", "0.5 2"], "--alphas '0.5 2'"),
+        (["1", "--exp_output", ""], "--exp_output is empty"),
+        (["1", "--config", "nowhere.conf"], "--config nowhere.conf does not exist"),
+        (["1", "--channel_conf", "nowhere.yaml"], "--channel_conf nowhere.yaml does not exist"),
+        (["1", "--stage_overlay_dir", "nowhere"], "--stage_overlay_dir nowhere is not a folder"),
+        (["1", "--python", "python0"], "--python python0 is not there"),
+        (["0"], "stage 0 needs --raw_16k_train"),
+        (["-1", "1"], "stage 0 needs --raw_16k_train"),
+    ],
+)
+def test_what_is_not_understood_is_refused_in_one_line(repository, tmp_path, arguments, message):
+    done = driver(repository, *arguments, environment={"EXP_OUTPUT": tmp_path / "out"})
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1 and done.stdout == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("REAL_SHRE=0.2", "unknown option REAL_SHRE"), ("real share 0.2", "is not NAME=value")],
+)
+def test_a_config_file_with_a_mistake_is_refused(repository, tmp_path, line, message):
+    (tmp_path / "my.conf").write_text(f"# fine\n{line}\n")
+    done = driver(repository, "1", "--config", tmp_path / "my.conf")
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_missing_and_empty_data_paths_are_refused_before_anything_is_done(recipe, tmp_path):
+    for content, message in ((None, "does not exist"), ("", "is empty")):
+        if content is not None:
+            (tmp_path / "data.jsonl").write_text(content)
+        done = recipe("-1", "5", real_8k_test=tmp_path / "data.jsonl")
+        assert done.returncode == 2
+        assert f"data.jsonl {message}" in done.stderr and done.stderr.count("\n") == 1
+    assert recipe.calls() == [] and not recipe.exp.exists()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3, 4, 5])
+def test_a_stage_without_the_one_before_it_says_which_to_run(recipe, stage):
+    done = recipe(stage)
+    assert done.returncode == 2
+    assert "run stage -1 first" in done.stderr and done.stderr.count("\n") == 1
+    assert recipe.calls() == []
+
+
+# --- where options come from
+
+
+def model_of(done, recipe):
+    assert done.returncode == 0, done.stderr
+    return options_of(recipe.calls()[-1])["--model"]
+
+
+def test_command_line_beats_environment_beats_config_beats_default(recipe, tmp_path):
+    (tmp_path / "my.conf").write_text('MODEL="of/config"\n')
+    assert model_of(recipe(-1, model=None), recipe) == "FunAudioLLM/Fun-ASR-Nano-2512"
+    assert model_of(recipe(-1, model=None, config=tmp_path / "my.conf"), recipe) == "of/config"
+    environment = {"MODEL": "of/environment"}
+    done = recipe(-1, model=None, config=tmp_path / "my.conf", environment=environment)
+    assert model_of(done, recipe) == "of/environment"
+    done = recipe(-1, model="of/command line", config=tmp_path / "my.conf", environment=environment)
+    assert model_of(done, recipe) == "of/command line"
+
+
+@pytest.mark.parametrize("form", [["--model", "a/b"], ["--Model", "a/b"], ["--model=a/b"]])
+def test_forms_of_an_option(recipe, form):
+    assert model_of(recipe(-1, *form, model=None), recipe) == "a/b"
+
+
+def test_an_option_with_a_dash_is_that_with_an_underscore(recipe, tmp_path):
+    done = recipe(-1, "--exp-output", tmp_path / "other", exp_output=None)
+    assert done.returncode == 0
+    assert (tmp_path / "other/model/model_dir.txt").exists()
+
+
+def test_a_config_file_may_build_on_an_option_of_the_command_line(recipe, tmp_path):
+    (tmp_path / "my.conf").write_text('MODEL="$EXP_OUTPUT/base"\n')
+    assert model_of(recipe(-1, model=None, config=tmp_path / "my.conf"), recipe) == f"{recipe.exp}/base"
+
+
+# --- what a stage does
+
+
+def test_the_whole_recipe_runs_its_helpers_and_a_second_time_nothing(recipe):
+    done = recipe(-1, 5)
+    assert done.returncode == 0, done.stderr
+    names = [call[0] for call in recipe.calls()]
+    assert names[0] == "download_model.py"
+    assert names.count("train.py") == 3 and names[-2:] == ["export_model.py", "report.py"]
+    for stage in range(-1, 6):
+        assert f"stage {stage}: log in " in done.stdout and f"stage {stage}: took " in done.stdout
+        assert json.loads((recipe.exp / f"status/stage{stage}.json").read_text())["state"] == "done"
+    recipe.forget_calls()
+    again = recipe(-1, 5)
+    assert again.returncode == 0
+    assert again.stdout.count("nothing to do") == len(again.stdout.splitlines()) == 7
+    assert recipe.calls() == []
+
+
+def test_each_training_starts_from_the_one_before(recipe, tmp_path):
+    assert recipe(-1, 3).returncode == 0
+    trained = [options_of(call) for call in recipe.calls() if call[0] == "train.py"]
+    exp = recipe.exp / "exp/8k_telephone"
+    assert [options["--init_checkpoint"] for options in trained] == [
+        str(tmp_path / "base model/model.pt"),
+        str(exp / "stage1_encoder_adapt/averaged.pt"),
+        str(exp / "stage2_adapter_align/averaged.pt"),
+    ]
+    assert "output of train.py" in (exp / "stage3_lora_domain/train.log").read_text()
+
+
+def test_a_checkpoint_of_the_users_replaces_the_first_parent_only(recipe, tmp_path):
+    assert recipe(-1, 0).returncode == 0
+    (tmp_path / "mine.pt").write_text("x")
+    assert recipe(1, 2, init_checkpoint=tmp_path / "mine.pt").returncode == 0
+    trained = [options_of(call)["--init_checkpoint"] for call in recipe.calls() if call[0] == "train.py"]
+    assert trained[0] == str(tmp_path / "mine.pt")
+    assert trained[1].endswith("stage1_encoder_adapt/averaged.pt")
+
+
+def test_several_gpus_are_started_by_torchrun(recipe):
+    assert recipe(-1, 1, ngpu=2).returncode == 0
+    launch = next(call for call in recipe.calls() if "torch.distributed.run" in call)
+    assert options_of(launch)["--nproc_per_node"] == "2" and "local/train.py" in launch
+
+
+def test_an_overlay_is_laid_over_the_stages_it_has_a_file_for(recipe, tmp_path):
+    (tmp_path / "overlay").mkdir()
+    (tmp_path / "overlay/stage2_adapter_align.yaml").write_text("a: 1\n")
+    assert recipe(-1, 2, stage_overlay_dir=tmp_path / "overlay").returncode == 0
+    overlays = [options_of(call).get("--overlay") for call in recipe.calls() if call[0] == "train.py"]
+    assert overlays == [None, str(tmp_path / "overlay/stage2_adapter_align.yaml")]
+
+
+def test_dev_is_split_only_where_no_test_set_is_given(recipe, tmp_path):
+    assert recipe(-1, 0, real_8k_test=tmp_path / "real_test.jsonl").returncode == 0
+    split = [options_of(call)["--test"] for call in recipe.calls() if "split" in call[:2]]
+    assert split == [str(recipe.exp / "data/work/raw_test.jsonl")]
+    filtered = [options_of(call) for call in recipe.calls() if "filter" in call[:2]]
+    assert str(tmp_path / "real_test.jsonl") in [options["--input"] for options in filtered]
+
+
+def test_the_chosen_weight_makes_the_final_model_and_test_is_decoded_once(recipe):
+    assert recipe(-1, 4).returncode == 0
+    mixed = {options_of(call)["--output"]: options_of(call)["--alpha"] for call in recipe.calls() if "mix" in call}
+    assert mixed[str(recipe.exp / "eval/checkpoints/final.pt")] == "0.75"
+    dev, test = (call for call in recipe.calls() if call[0] == "decode.py")
+    assert not any("test_formatted" in argument for argument in dev)
+    models = [argument.split("=")[1] for argument in test if argument.startswith("--checkpoint=")]
+    sets = [argument.split("=")[1] for argument in test if argument.startswith("--test_set=")]
+    assert models == ["base", "stage1", "stage2", "stage3", "final"]
+    assert sets == ["simulated_test", "real_test", "wideband_test", "no_speech"]
+
+
+# --- failure, change, force
+
+
+def test_a_failure_names_stage_and_log_and_passes_the_exit_code_on(recipe):
+    done = recipe(-1, 5, environment={"FAILING": "make_train_list.py"})
+    assert done.returncode == 7
+    log = recipe.exp / "exp/8k_telephone/stage1_encoder_adapt/train.log"
+    assert done.stderr.splitlines()[-1].startswith("error: stage 1 failed with exit code 7") and str(log) in done.stderr
+    assert "this helper fails" in log.read_text()
+    assert json.loads((recipe.exp / "status/stage1.json").read_text())["state"] == "started"
+    assert "train.py" not in [call[0] for call in recipe.calls()]
+    assert recipe(1).returncode == 0
+
+
+def test_work_is_not_replaced_without_force_and_then_moved_aside(recipe):
+    assert recipe(-1, 1).returncode == 0
+    recipe.forget_calls()
+    refused = recipe(1, real_share=0.2)
+    assert refused.returncode == 1
+    assert "REAL_SHARE 0.1 -> 0.2" in refused.stderr and refused.stderr.count("\n") == 1
+    assert recipe.calls() == []
+    assert recipe(1, real_share=0.2, force="true").returncode == 0
+    folders = sorted(path.name for path in (recipe.exp / "exp/8k_telephone").iterdir())
+    assert folders[0] == "stage1_encoder_adapt"
+    assert len(folders) == 2 and folders[1].startswith("stage1_encoder_adapt.old.")
+
+
+def test_a_stage_redone_makes_the_next_one_out_of_date(recipe):
+    assert recipe(-1, 2).returncode == 0
+    assert recipe(1, seed=1, force="true").returncode == 0
+    refused = recipe(2, seed=1)
+    assert refused.returncode == 1
+    assert "stage1_encoder_adapt/averaged.pt changed" in refused.stderr
+
+
+def test_options_that_do_not_change_the_result_do_not_redo_it(recipe):
+    assert recipe(-1, 0).returncode == 0
+    assert "nothing to do" in recipe(0, num_workers=7, max_reject_ratio=0.5).stdout
+
+
+def test_a_second_run_in_the_same_folder_is_refused(recipe):
+    recipe.exp.mkdir()
+    with open(recipe.exp / ".lock0", "w") as lock:
+        holder = subprocess.Popen(["flock", str(lock.fileno()), "sleep", "60"], pass_fds=[lock.fileno()])
+        subprocess.run(["flock", str(lock.fileno())], pass_fds=[lock.fileno()], check=True)
+        done = recipe(-1)
+        holder.terminate()
+        holder.wait()
+    assert done.returncode == 1
+    assert "another run" in done.stderr and done.stderr.count("\n") == 1
+
+
+# --- the real helpers
+
+
+def test_a_model_folder_without_weights_or_tokenizer_stops_stage_minus_one(recipe, tmp_path):
+    done = recipe(-1, python=sys.executable, model=tmp_path / "base model")
+    assert done.returncode == 1
+    assert "configuration.json" in done.stderr + done.stdout and "Traceback" not in done.stderr + done.stdout
+    assert not (recipe.exp / "model").exists()
+
+
+def test_no_space_left_is_one_line_and_leaves_nothing_half_written(recipe, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        (disk / "filler").write_bytes(b"x" * 56 * 1024)
+        done = recipe(-1, exp_output=disk / "exp")
+        assert done.returncode == 1
+        assert "No space left" in done.stderr and "Traceback" not in done.stderr
+        assert not list(disk.rglob("*.json"))
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -1,0 +1,509 @@
+"""The telephone channel: real codecs, published responses, levels and losses as asked, the same call every time."""
+
+import io
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.signal import firwin, lfilter
+
+import audio
+from common import UserError
+from telephone import filters, noise
+from telephone.channel import CODED, apply, draw, load_config
+from telephone.codecs import CODECS, amr_decode, amr_encode, fitted, from_pcm, g711, g711_tables, opus_encode, to_pcm
+from telephone.packet_loss import PACKET, bursts, conceal, lost_packets
+from telephone.resample import resample, resample_counted
+
+CONF = Path(__file__).parent.parent / "conf" / "telephone_channel.yaml"
+PROMPTS = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
+KBPS = {"amr_nb": (4.75, 5.15, 5.9, 6.7, 7.4, 7.95, 10.2, 12.2), "opus_nb": (8, 12, 16), "g726": (24, 32, 40)}
+KBPS["mp3"] = (8, 16, 24, 32)
+ROUND_TRIPS = [(name, kbps) for name in CODECS for kbps in KBPS.get(name, (None,))]
+DEFAULT = load_config(CONF)
+CLEAN = load_config(CONF, preset="clean-pcma")
+
+
+def speech(seconds, fs=16000, seed=0):
+    """Voiced and unvoiced syllables through moving formants, with pauses: speech to a codec and to a level meter."""
+    rng, parts = np.random.default_rng(seed), []
+    while sum(map(len, parts)) < seconds * fs:
+        count = int(fs * rng.uniform(0.12, 0.3))
+        pitch = np.cumsum(np.linspace(*rng.uniform(90, 240, 2), count) / fs)
+        source = np.diff(np.floor(pitch), prepend=0) + 0.03 * rng.standard_normal(count)
+        for centre, width in zip(rng.uniform((300, 900, 2300), (800, 2200, 3200)), (80, 120, 200), strict=True):
+            radius = np.exp(-np.pi * width / fs)
+            source = lfilter([1 - radius], [1, -2 * radius * np.cos(2 * np.pi * centre / fs), radius**2], source)
+        parts.append(source / np.abs(source).max() * np.hanning(count) * rng.uniform(0.3, 0.9))
+        if rng.random() < 0.2:
+            parts.append(np.zeros(int(fs * rng.uniform(0.1, 0.6))))
+    return np.concatenate(parts)[: int(seconds * fs)].astype(np.float32)
+
+
+def snr(reference, other):
+    reference, other = np.float64(reference), np.float64(other[: len(reference)])
+    return 10 * np.log10(np.sum(reference**2) / max(np.sum((reference[: len(other)] - other) ** 2), 1e-9))
+
+
+def delay(reference, other, most=400):
+    """Samples by which `other` comes later."""
+    spectrum = np.fft.rfft(np.float64(other), 2 * len(other)) * np.conj(
+        np.fft.rfft(np.float64(reference), 2 * len(other))
+    )
+    correlation = np.fft.irfft(spectrum)
+    return int(np.argmax(np.concatenate([correlation[-most:], correlation[:most]]))) - most
+
+
+def need(program):
+    if shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+
+
+def decoded_by(command, stream, suffix, folder):
+    """int16 samples that a program decodes from a stream."""
+    path = folder / f"stream{suffix}"
+    path.write_bytes(stream)
+    command = [word.replace("IN", str(path)) for word in command.split()]
+    return np.frombuffer(subprocess.run(command, capture_output=True, check=True).stdout, np.int16)
+
+
+# G.711 and the other codecs
+
+
+@pytest.mark.parametrize(("law", "subtype"), [("alaw", "ALAW"), ("ulaw", "ULAW")])
+def test_g711_equals_the_itu_tables_and_libsndfile(law, subtype):
+    values = np.arange(-32768, 32768).astype(np.int16)
+    file = io.BytesIO()
+    soundfile.write(file, values, 8000, format="RAW", subtype=subtype)
+    codes = np.frombuffer(file.getvalue(), np.uint8)
+    file.seek(0)
+    decoded, _ = soundfile.read(file, dtype="int16", samplerate=8000, channels=1, format="RAW", subtype=subtype)
+    encoder, decoder = g711_tables(law)
+    assert np.array_equal(encoder[values.view(np.uint16)], codes)
+    assert np.array_equal(decoder[codes], decoded)
+    assert np.array_equal(g711(values, law), decoded)
+    # The ends and the step around zero as G.711 tables 1a and 2a print them, scaled to 16 bits.
+    smallest, largest = {"alaw": (8, 32256), "ulaw": (0, 32124)}[law]
+    assert (np.abs(decoder).min(), decoder.max(), decoder.min()) == (smallest, largest, -largest)
+    if law == "alaw":
+        assert encoder[0] == 0xD5 and np.array_equal(g711(g711(values, law), law), g711(values, law))
+
+
+@pytest.mark.parametrize(("law", "name"), [("alaw", "a-law"), ("ulaw", "mu-law")])
+def test_g711_is_within_one_step_of_sox(law, name, tmp_path):
+    need("sox")
+    values = np.arange(-32768, 32768).astype(np.int16)
+    raw = "-t raw -r 8000 -c 1"
+    command = f"sox -D {raw} -e signed -b 16 IN {raw} -e {name} -b 8 -"
+    codes = decoded_by(command, values.tobytes(), ".raw", tmp_path).view(np.uint8)
+    steps = np.sort(np.unique(g711_tables(law)[1]))
+    ours, theirs = (np.searchsorted(steps, x) for x in (g711(values, law), g711_tables(law)[1][codes]))
+    assert np.abs(ours - theirs).max() <= 1
+
+
+def test_gsm_gives_the_samples_sox_gives(tmp_path):
+    need("sox")
+    pcm = to_pcm(speech(3, 8000))
+    raw = "-t raw -r 8000 -c 1 -e signed -b 16"
+    stream = decoded_by(f"sox -D {raw} IN -t gsm -", pcm.tobytes(), ".raw", tmp_path).tobytes()
+    theirs = decoded_by(f"sox -D -t gsm -r 8000 IN {raw} -", stream, ".gsm", tmp_path)
+    assert np.array_equal(CODECS["gsm_fr"].code(pcm)[: pcm.size], theirs[: pcm.size])
+
+
+@pytest.mark.parametrize("kbps", KBPS["amr_nb"])
+def test_amr_stream_decoded_by_sox_and_ffmpeg_is_ours(kbps, tmp_path):
+    frames = amr_encode(to_pcm(speech(2, 8000)), kbps)
+    ours = amr_decode(frames)
+    commands = {"sox": "sox -D -t amr-nb IN -t raw -e signed -b 16 -", "ffmpeg": "ffmpeg -v error -i IN -f s16le -"}
+    present = [name for name in commands if shutil.which(name)]
+    if not present:
+        pytest.skip("neither sox nor ffmpeg is installed")
+    # ffmpeg's own decoder works in floating point and is not bit-exact.
+    for name in present:
+        theirs = decoded_by(commands[name], b"#!AMR\n" + b"".join(frames), ".amr", tmp_path)
+        assert snr(ours, theirs) > {"sox": 30, "ffmpeg": 20}[name]
+
+
+def test_opus_stream_decoded_by_ffmpeg_is_ours(tmp_path):
+    need("ffmpeg")
+    pcm = to_pcm(speech(3, 8000))
+    packets, header = opus_encode(pcm, 12)
+    path = tmp_path / "stream.ogg"
+    with av.open(path, "w") as file:
+        stream = file.add_stream("libopus", rate=8000, layout="mono")
+        stream.codec_context.extradata = header
+        for packet in packets:
+            packet.stream = stream
+            file.mux(packet)
+    # ffmpeg's native decoder up-samples with another phase; Debian's libopus in it is a build of its own.
+    theirs = decoded_by("ffmpeg -v error -c:a libopus -i IN -f s16le -", path.read_bytes(), ".opus", tmp_path)
+    theirs = resample(from_pcm(theirs), 48000, 8000) * 32768
+    assert snr(CODECS["opus_nb"].code(pcm, kbps=12)[: pcm.size - 400], theirs) > 30
+
+
+@pytest.mark.parametrize(("name", "kbps"), ROUND_TRIPS)
+def test_every_codec_keeps_speech_where_it_was(name, kbps):
+    codec = CODECS[name]
+    pcm = to_pcm(speech(3.01, codec.fs))
+    settings = {} if kbps is None else {"kbps": kbps}
+    decoded = codec.code(pcm, **settings)
+    assert decoded.dtype == np.int16 and decoded.size >= pcm.size - codec.fs // 50
+    assert abs(delay(pcm, fitted(decoded, pcm.size))) <= codec.fs // 1000
+    assert np.array_equal(decoded, codec.code(pcm, **settings))
+
+
+def test_amr_conceals_lost_frames_in_its_decoder():
+    pcm = to_pcm(speech(2, 8000))
+    lost = np.zeros(101, bool)
+    lost[[20, 21, 60]] = True
+    whole, damaged = (CODECS["amr_nb"].code(pcm, kbps=12.2, lost=x)[: pcm.size] for x in (None, lost))
+    differs = np.flatnonzero(whole != damaged)
+    assert 20 * 160 - 80 <= differs[0] <= 21 * 160
+    assert np.any(damaged[20 * 160 : 21 * 160])
+    # The decoder's memory makes the error last beyond the gap, which concealment on samples would not.
+    assert np.any(differs > 23 * 160)
+
+
+# Loss and concealment
+
+
+@given(st.integers(0, 2**32), st.sampled_from([(0.5, 1.1), (1, 1.5), (3, 2), (5, 2.5), (10, 3)]))
+@settings(max_examples=40, deadline=None)
+def test_loss_rate_and_burst_length_are_as_asked(seed, preset):
+    percent, burst = preset
+    lost = lost_packets(np.random.default_rng(seed), 400_000, percent / 100, burst)
+    lengths = [count for _, count in bursts(lost)]
+    assert lost.mean() * 100 == pytest.approx(percent, rel=0.15)
+    assert np.mean(lengths) == pytest.approx(burst, rel=0.1)
+
+
+def test_concealment_goes_on_with_the_pitch():
+    time = np.arange(8000) / 8000
+    voiced = sum(np.sin(2 * np.pi * 125 * k * time + k) / k for k in range(1, 12)).astype(np.float32) / 4
+    lost = np.zeros(50, bool)
+    lost[20] = True
+    concealed = conceal(voiced, lost, PACKET)
+    gap = slice(20 * PACKET, 20 * PACKET + 80)
+    assert snr(voiced[gap], concealed[gap]) > 25
+    touched = np.flatnonzero(concealed != voiced)
+    assert touched[0] >= 20 * PACKET - 30 and touched[-1] < 21 * PACKET + 80
+
+
+def test_a_long_gap_fades_within_60_ms_and_never_jumps():
+    voiced = np.sin(2 * np.pi * 150 * np.arange(16000) / 8000).astype(np.float32)
+    lost = np.zeros(100, bool)
+    lost[30:36] = True
+    concealed = conceal(voiced, lost, PACKET)
+    start = 30 * PACKET
+    sizes = [np.abs(concealed[start + 80 * i : start + 80 * (i + 1)]).max() for i in range(7)]
+    assert sizes[0] > 0.9 and all(a > b for a, b in zip(sizes[1:], sizes[2:6], strict=False)) and sizes[6] == 0
+    assert np.abs(np.diff(concealed)).max() < 2 * np.abs(np.diff(voiced)).max()
+
+
+@given(st.integers(1, 4000), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_concealment_works_at_either_end_of_any_length(count, seed):
+    samples = np.random.default_rng(seed).standard_normal(count).astype(np.float32) * 0.1
+    lost = lost_packets(np.random.default_rng(seed), -(-count // PACKET), 0.5, 3)
+    concealed = conceal(samples, lost, PACKET)
+    assert concealed.shape == samples.shape and np.isfinite(concealed).all() and np.abs(concealed).max() < 1
+
+
+# The up-sampler
+
+
+@given(
+    st.integers(1, 9999), st.sampled_from([(8000, 16000), (16000, 8000), (44100, 16000), (96000, 8000), (11025, 16000)])
+)
+@settings(max_examples=40, deadline=None)
+def test_resampled_length_is_within_one_sample(count, rates):
+    out = resample(np.zeros(count, np.float32), *rates)
+    assert abs(out.size - count * rates[1] / rates[0]) <= 1 and out.dtype == np.float32
+
+
+def test_resampling_does_not_delay():
+    pcm = speech(2, 8000)
+    assert delay(np.repeat(pcm, 2), resample(pcm, 8000, 16000)) in (-1, 0, 1)
+
+
+@pytest.mark.parametrize("dbov", [-40, -26, -14])
+def test_upsampled_calls_have_nothing_above_4_khz(dbov):
+    plan = draw(CLEAN, 0, "x") | {"active_dbov": dbov}
+    call = apply(CLEAN, plan, speech(5), 16000, 16000)
+    power = np.abs(np.fft.rfft(call)) ** 2
+    edge = power.size // 2
+    assert 10 * np.log10(power[:edge].sum() / power[edge:].sum()) > 55
+
+
+def test_overshoots_are_counted_and_do_not_clip():
+    full = np.sign(speech(1, 8000)).astype(np.float32)
+    out, overshoots = resample_counted(full, 8000, 16000)
+    assert overshoots > 0 and np.abs(out).max() < 1.0
+    assert resample_counted(0.5 * full, 8000, 16000)[1] == 0
+    quieter = resample(0.5 * full, 8000, 16000)
+    gain = np.dot(out, quieter) / np.dot(quieter, quieter)
+    assert np.allclose(out, gain * quieter, atol=1e-5)  # turned down as a whole, not bent
+
+
+# Levels and noise
+
+
+@given(st.floats(-40, -14), st.floats(0, 3), st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_active_level_does_not_depend_on_pauses(dbov, pause, seed):
+    talk = speech(6, 8000, seed)
+    talk *= noise.db_to_gain(dbov - noise.active_level(talk, 8000))
+    assert noise.active_level(talk, 8000) == pytest.approx(dbov, abs=0.1)
+    padded = np.concatenate([np.zeros(int(8000 * pause), np.float32), talk, np.zeros(int(8000 * pause), np.float32)])
+    assert noise.active_level(padded, 8000) == pytest.approx(dbov, abs=0.5)  # P.56's hangover counts
+
+
+def test_active_level_of_a_full_scale_sine():
+    sine = np.sin(2 * np.pi * 1000 * np.arange(16000) / 8000).astype(np.float32)
+    assert noise.active_level(sine, 8000) == pytest.approx(-3.01, abs=0.05)
+    assert noise.active_level(np.zeros(8000, np.float32), 8000) == -np.inf
+
+
+def test_idle_noise_of_an_alaw_line():
+    for line in ({}, {"noise": "white", "noise_dbm0": -74}, {"noise": "pink", "noise_dbm0": -69}):
+        plan = draw(CLEAN, 0, "x") | {"line": line}
+        call = apply(CLEAN, plan, np.zeros(16000 * 3, np.float32), 16000, 8000)
+        assert np.all(call.reshape(-1, 80).std(axis=1) > 0)
+        assert noise.rms_level(call) + noise.DBM0 == pytest.approx(-66, abs=3)
+
+
+@given(st.text(min_size=1), st.floats(0, 30), st.sampled_from(["white", "pink"]))
+@settings(max_examples=15, deadline=None)
+def test_noise_has_the_drawn_snr_and_speech_the_drawn_level(key, snr_db, kind):
+    config = load_config(CONF, preset="clean-pcma", no_codec=True)
+    plan, talk = draw(config, 0, key), speech(3)
+    clean = apply(config, dict(plan), talk, 16000, 8000)
+    noisy = apply(config, plan | {"noise": {"kind": kind, "snr_db": snr_db}}, talk, 16000, 8000)
+    assert noise.active_level(clean, 8000) == pytest.approx(plan["active_dbov"], abs=0.5)
+    assert noise.active_level(clean, 8000) - noise.rms_level(noisy - clean) == pytest.approx(snr_db, abs=0.5)
+
+
+def test_colour_of_noise_and_hum():
+    def band(samples, low, high):
+        power = np.abs(np.fft.rfft(samples)) ** 2
+        hz = np.fft.rfftfreq(samples.size, 1 / 8000)
+        return 10 * np.log10(power[(hz >= low) & (hz < high)].sum() / (high - low))
+
+    rng = np.random.default_rng(0)
+    for kind, slope in (("white", 0.0), ("pink", -3.0)):
+        samples = noise.coloured(rng, kind, 800_000, 8000)
+        for low in (200, 400, 900):
+            assert band(samples, 2 * low, 4 * low) - band(samples, low, 2 * low) == pytest.approx(slope, abs=0.7)
+    hum = noise.hum(rng, 80_000, 8000)
+    assert noise.rms_level(hum) == pytest.approx(0, abs=0.1)
+    assert band(hum, 49, 51) > band(hum, 149, 151) + 5 > band(hum, 99, 101) + 40
+
+
+def test_babble_is_others_voices_never_ones_own(tmp_path):
+    pool = []
+    for i in range(5):
+        audio.write(tmp_path / f"{i}.wav", speech(2, seed=i), 16000)
+        pool.append(noise.Recording(str(i), str(tmp_path / f"{i}.wav")))
+    for seed in range(20):
+        samples, names = noise.babble_source(pool, "3")(np.random.default_rng(seed), 40_000, 16000)
+        assert 3 <= len(names) <= 4 and "3" not in names
+        assert samples.size == 40_000 and noise.rms_level(samples) > -20
+
+
+# Send responses, after ITU-T G.191 (STL), dB relative to 1 kHz
+
+HERTZ = (315, 400, 630, 1000, 1600, 2000, 2500, 3150)
+RESPONSES = {
+    "irs": (-6.8, -4.1, -1.9, 0, 3.6, 4.4, 5.5, 5.5),
+    "modified_irs": (-4.6, -3.3, -2.2, 0, 3.2, 3.6, 5.0, 5.8),
+    "g712": (0.1, 0.4, 0.2, 0, -0.1, 0, 0.1, 0.4),
+    "mobile": (0, 0, 0, 0, 0, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("fs", [8000, 16000])
+@pytest.mark.parametrize("shape", RESPONSES)
+def test_send_responses_follow_the_published_shapes(shape, fs):
+    impulse = np.zeros(fs, np.float32)
+    impulse[fs // 2] = 1
+    response = filters.send(impulse, fs, shape, 0, 0, None)
+    decibels = 20 * np.log10(np.abs(np.fft.rfft(response)) + 1e-9)
+    for hz, wanted in zip(HERTZ, RESPONSES[shape], strict=True):
+        assert decibels[hz] - decibels[1000] == pytest.approx(wanted, abs=2)
+    assert decibels[50] < -15 and np.argmax(np.abs(response)) == fs // 2
+
+
+def test_band_has_the_edges_asked_for():
+    impulse = np.zeros(8000, np.float32)
+    impulse[100] = 1
+    decibels = 20 * np.log10(np.abs(np.fft.rfft(filters.send(impulse, 8000, "band", 300, 3400, None))) + 1e-9)
+    assert decibels[[300, 3400]] == pytest.approx([-3, -3], abs=0.5)
+    assert decibels[1000] == pytest.approx(0, abs=0.1) and decibels[100] < -30
+
+
+def test_limiters_and_gain_control():
+    loud = speech(3, 8000) * 4
+    for kind in ("hard_clip", "soft_clip"):
+        assert np.abs(filters.limit(loud, kind)).max() <= 1.0
+    talk = speech(6, 8000)
+    for gain in (0.05, 0.5):
+        after = filters.agc(talk * np.float32(gain), 8000, -20)
+        before = noise.active_level(talk * np.float32(gain), 8000)
+        assert abs(noise.active_level(after[24000:], 8000) + 20) < abs(before + 20)
+
+
+# The whole channel
+
+
+@given(st.text(), st.integers(0, 2**31), st.one_of(st.none(), st.integers(0, 9)))
+@settings(max_examples=50, deadline=None)
+def test_a_draw_is_a_function_of_seed_key_and_epoch(key, seed, epoch):
+    plan = draw(DEFAULT, seed, key, epoch)
+    assert plan == draw(DEFAULT, seed, key, epoch) == json.loads(json.dumps(plan))
+    assert plan != draw(DEFAULT, seed + 1, key, epoch) and plan != draw(DEFAULT, seed, key + "'", epoch)
+    assert plan != draw(DEFAULT, seed, key, (epoch or 0) + 1)
+
+
+def test_narrowing_one_value_leaves_the_others_as_drawn():
+    narrowed = load_config(CONF, codec_type="amr-nb", snr_db_min=5, snr_db_max=9)
+    for i in range(200):
+        free, held = draw(DEFAULT, 0, f"k{i}"), draw(narrowed, 0, f"k{i}")
+        assert held["hop1"]["codec"] == "amr_nb" and 5 <= held.get("noise", {"snr_db": 5})["snr_db"] <= 9
+        assert all(free.get(name) == held.get(name) for name in ("send", "active_dbov", "line", "recorder", "limiter"))
+
+
+def test_draws_follow_the_distributions():
+    plans = [draw(DEFAULT, 1, f"k{i}") for i in range(4000)]
+    for hop in ("hop1", "recorder"):
+        for codec, share in DEFAULT[hop]["codec"].items():
+            name = {"g711": "g711_alaw"}.get(codec, codec)
+            seen = np.mean([plan.get(hop, {"codec": "none"})["codec"] == name for plan in plans])
+            assert seen == pytest.approx(share, abs=0.025)
+    levels = np.array([plan["active_dbov"] for plan in plans if "clip" not in plan.get("limiter", {"kind": ""})["kind"]])
+    assert levels.mean() == pytest.approx(-26, abs=0.4) and levels.std() == pytest.approx(5, abs=0.4)
+    assert levels.min() >= -42 and levels.max() <= -14
+    assert np.mean(["noise" in plan for plan in plans]) == pytest.approx(DEFAULT["noise"]["probability"], abs=0.025)
+    floors = [plan["line"]["noise_dbm0"] for plan in plans]
+    assert np.mean(floors) == pytest.approx(np.mean(DEFAULT["line"]["noise_dbm0"]), abs=0.5)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_every_channel_keeps_length_and_time_and_is_never_silent(part, tmp_path):
+    audio.write(tmp_path / "voice.wav", speech(3, seed=7), 16000)
+    babble = noise.babble_source([noise.Recording("voice", str(tmp_path / "voice.wav"))])
+    talk = np.concatenate([speech(2), np.zeros(16000, np.float32), speech(1.003, seed=3)])
+    for i in range(part, 60, 4):
+        plan = draw(DEFAULT, 2, f"k{i}")
+        call = apply(DEFAULT, plan, talk, 16000, 16000, babble=babble)
+        assert call.size == talk.size and np.isfinite(call).all() and np.abs(call).max() <= 1
+        again = apply(DEFAULT, draw(DEFAULT, 2, f"k{i}"), talk, 16000, 16000, babble=babble)
+        assert np.array_equal(call, again)
+        # A pause must hold a line's noise: true zeros are 24 nats away in log-mel.
+        pause = call[36000:47000].reshape(-1, 100)
+        assert np.all(pause.std(axis=1) > 0), plan
+        if plan.get("noise", {"snr_db": 30})["snr_db"] > 15 and "echo_ms" not in plan["line"]:
+            band = firwin(401, [800, 3000], pass_zero=False, fs=16000)
+            assert abs(delay(*(np.convolve(x, band, "same") for x in (talk, call)))) <= 16, plan
+
+
+def test_wideband_leg_and_every_codec_in_every_hop():
+    talk = speech(2)
+    hops = [("hop1", name) for name in ("g722", *CODED)] + [("hop2", name) for name in CODED]
+    for hop, name in [*hops, ("recorder", "gsm_fr"), ("recorder", "mp3"), ("recorder", "g726")]:
+        settings = {"kbps": KBPS[name][-1]} if name in KBPS else {}
+        plan = draw(CLEAN, 0, "x") | {hop: {"codec": name, **settings}}
+        # The 300 Hz corner of a band-pass delays the bass by its nature; the band of speech must not be late.
+        band = firwin(201, [800, 3000], pass_zero=False, fs=8000)
+        heard = (resample(talk, 16000, 8000), apply(CLEAN, plan, talk, 16000, 8000))
+        assert abs(delay(*(np.convolve(samples, band, "same") for samples in heard))) <= 8, (hop, name)
+
+
+def test_clean_pcma_is_the_plain_band_and_a_law():
+    plan = draw(CLEAN, 5, "x")
+    assert set(plan) == {"seed", "epoch", "draw", "send", "active_dbov", "line", "g711"}
+    assert plan["send"] == {"shape": "band", "low_hz": 300, "high_hz": 3400} and plan["g711"] == "alaw"
+    call = to_pcm(apply(CLEAN, plan, speech(1), 16000, 8000))
+    assert np.array_equal(g711(call, "alaw"), call)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("packet_loss:  ", "packet_lost:  "),
+        ("  low_hz: [150, 350]", "  low_hz: [350, 150]"),
+        ("g711: 0.45,", "g711: 0.35,"),
+        ("probability: 0.65", "probability: 1.65"),
+        ("{mean: -26, std: 5,", "{mean: -26, sd: 5,"),
+        ("gsm_fr: 0.1, g722", "g729: 0.1, g722"),
+        ("  rt60_s: [0.2, 0.6]", "  rt60_s: long"),
+        ("noise:  ", "noise: [ "),
+    ],
+)
+def test_an_impossible_config_is_one_clear_line(change, said, tmp_path):
+    text = CONF.read_text()
+    assert change in text
+    path = tmp_path / "channel.yaml"
+    path.write_text(text.replace(change, said, 1))
+    with pytest.raises(UserError) as error:
+        load_config(path)
+    assert error.value.code == 2 and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "narrowing",
+    [{"preset": "no-such"}, {"codec_type": "g729"}, {"snr_db_min": 20, "snr_db_max": 10}, {"low_freq": 5000}],
+)
+def test_an_impossible_narrowing_is_told(narrowing):
+    with pytest.raises(UserError) as error:
+        load_config(CONF, **narrowing)
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize("preset", ["clean-pcma", "landline", "mobile", "bad-line"])
+def test_presets_can_be_drawn(preset):
+    config = load_config(CONF, preset=preset)
+    assert all(draw(config, 0, f"k{i}")["g711"] == "alaw" for i in range(50))
+
+
+def log_mel(samples):
+    """Mean-free log-mel of 8 kHz speech, loud frames only."""
+    edges = 700 * (np.exp(np.linspace(np.log1p(100 / 700), np.log1p(3800 / 700), 26)) - 1)
+    frames = np.lib.stride_tricks.sliding_window_view(samples, 256)[::80] * np.hanning(256)
+    power = np.abs(np.fft.rfft(frames, 512)) ** 2
+    hz = np.fft.rfftfreq(512, 1 / 8000)
+    up = (hz[:, None] - edges[:-2]) / np.diff(edges[:-1])
+    down = (edges[2:] - hz[:, None]) / np.diff(edges[1:])
+    return np.log(power @ np.clip(np.minimum(up, down), 0, None) + 1e-7)
+
+
+@pytest.mark.skipif(not PROMPTS.is_dir(), reason="asterisk-core-sounds-en-{g722,gsm} are not installed")
+def test_simulated_gsm_is_as_near_to_real_gsm_files_as_sox_is(tmp_path):
+    need("sox")
+    distances = {"ours": [], "sox": []}
+    config = load_config(CONF, preset="clean-pcma")
+    for real in sorted(PROMPTS.glob("vm-*.gsm"))[:12]:
+        wide, fs = audio.read(real.with_suffix(".g722"))
+        audio.write(tmp_path / "wide.wav", wide, fs)
+        truth = decoded_by("sox -D -t gsm -r 8000 IN -t raw -e signed -b 16 -", real.read_bytes(), ".gsm", tmp_path)
+        subprocess.run(f"sox -D {tmp_path}/wide.wav -r 8000 -c 1 {tmp_path}/s.gsm".split(), check=True)
+        stream = (tmp_path / "s.gsm").read_bytes()
+        sox = decoded_by("sox -D -t gsm -r 8000 IN -t raw -e signed -b 16 -", stream, ".gsm", tmp_path)
+        plan = draw(config, 0, real.name) | {"hop1": {"codec": "gsm_fr"}, "g711": "none"}
+        plan |= {"send": {"shape": "mobile"}, "active_dbov": noise.active_level(from_pcm(truth), 8000)}
+        ours = apply(config, plan, wide, fs, 8000)
+        for name, samples in (("ours", ours), ("sox", from_pcm(sox))):
+            count = min(samples.size, truth.size)
+            shift = delay(truth[:count], samples[:count])
+            a, b = log_mel(from_pcm(truth)[max(0, -shift) :]), log_mel(samples[max(0, shift) :])
+            rows = min(len(a), len(b))
+            loud = a[:rows].mean(axis=1) > a.mean()
+            difference = (a[:rows] - b[:rows])[loud]
+            distances[name].append(np.abs(difference - difference.mean()).mean())
+    assert np.mean(distances["ours"]) <= 1.1 * np.mean(distances["sox"])

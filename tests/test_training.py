@@ -1,0 +1,259 @@
+"""What training promises: upstream's loss where it has one, nothing frozen moves, no row is lost without a word."""
+
+import copy
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import audio
+from common import UserError, read_jsonl, write_jsonl
+from make_train_list import mix, take
+from nano.miniature import build_folder
+from nano.trainer import average
+
+ROOT = Path(__file__).resolve().parent.parent
+ALPHABET = "一二三四五六七八九零元月号订单"
+SMALL = {"encoder_dim": 32, "encoder_blocks": 1, "encoder_heads": 2, "encoder_ffn": 32, "adaptor_ffn": 32,
+         "llm_dim": 32, "llm_heads": 2, "llm_kv_heads": 1, "llm_head_dim": 16, "llm_ffn": 48, "ctc_ffn": 32}  # fmt: skip
+STAGES = ["stage1_encoder_adapt", "stage2_adapter_align", "stage3_lora_domain"]
+
+
+def helper(name: str, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, f"local/{name}", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    return build_folder(tmp_path_factory.mktemp("model"), ALPHABET, SMALL, seed=1)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    """Twelve formatted rows of noise of 1 to 2 seconds."""
+    folder = tmp_path_factory.mktemp("audio")
+    rng = np.random.default_rng(0)
+    made = []
+    for number in range(12):
+        count = 16000 + 1600 * number
+        path = folder / f"utterance {number}.wav"
+        audio.write(path, (0.1 * rng.standard_normal(count)).astype(np.float32), 16000)
+        text = "".join(rng.choice(list(ALPHABET), 3 + number % 4))
+        user = f"语音转写：<|startofspeech|>!{path}<|endofspeech|>"
+        messages = [("system", "You are a helpful assistant."), ("user", user), ("assistant", text)]
+        made.append({
+            "key": f"u{number}", "messages": [{"role": role, "content": content} for role, content in messages],
+            "speech_length": count // 160, "text_length": len(text),
+        })  # fmt: skip
+    return made
+
+
+def build(model_dir: Path, **config):
+    """The model of the folder as FunASR builds it, with this recipe's classes registered."""
+    from funasr import AutoModel
+    from funasr.download.download_model_from_hub import download_model
+
+    import nano.dataset
+    import nano.model  # noqa: F401
+
+    config = download_model(model=str(model_dir), disable_update=True, device="cpu", is_training=True, **config)
+    return AutoModel(**config)
+
+
+def batch_of(model, rows, tmp_path, **conf):
+    from funasr.register import tables
+
+    path = tmp_path / "list.jsonl"
+    write_jsonl(path, rows)
+    kwargs = model.kwargs
+    conf = {**kwargs["dataset_conf"], "prompt_classes": None, "batch_type": "example", "data_split_num": 1, **conf}
+    dataset = tables.dataset_classes["FunASR"](
+        str(path), frontend=kwargs["frontend"], tokenizer=kwargs["tokenizer"], is_training=True, **conf
+    )
+    return dataset.collator([dataset[i] for i in range(len(rows))])
+
+
+def test_the_llm_loss_and_its_gradient_are_those_of_the_stock_class(model_dir, rows, tmp_path):
+    from funasr.models.fun_asr_nano import model as stock
+
+    ours = build(
+        model_dir, ctc_weight=0, audio_encoder_conf={"freeze": False}, audio_adaptor_conf={"freeze": False}
+    )
+    batch = batch_of(ours, rows, tmp_path)
+    ours = ours.model.eval()
+    theirs = copy.deepcopy(ours)
+    theirs.__class__ = type("Stock", (ours.__class__,), {"forward": stock.FunASRNano.forward})
+    losses = []
+    for model in (ours, theirs):
+        loss, stats, _ = model(**copy.deepcopy(batch))
+        loss.backward()
+        losses.append((loss.item(), stats["acc"].item()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for name, parameter in ours.audio_encoder.named_parameters():
+        other = dict(theirs.audio_encoder.named_parameters())[name].grad
+        torch.testing.assert_close(parameter.grad, other, rtol=1e-3, atol=1e-6)
+
+
+def test_ctc_has_a_gradient_and_a_loss_of_its_own(model_dir, rows, tmp_path):
+    model = build(model_dir, ctc_weight=0.5, ctc_decoder_conf={"freeze": False})
+    batch = batch_of(model, rows, tmp_path)
+    loss, stats, _ = model.model(**batch)
+    loss.backward()
+    assert loss.item() == pytest.approx((stats["loss_llm"] + 0.5 * stats["loss_ctc"]).item())
+    assert all(parameter.grad is not None for parameter in model.model.ctc.parameters())
+
+
+def test_frozen_modules_stay_in_eval_mode_and_lora_is_fp32_and_unmerged(model_dir):
+    llm_conf = {"use_lora": True, "llm_dtype": "bf16", "freeze": True}
+    model = build(model_dir, llm_conf=llm_conf, ctc_decoder_conf={"freeze": True}, audio_adaptor_conf={"freeze": True})
+    model = model.model.train()
+    assert not model.audio_encoder.training
+    assert not model.audio_adaptor.training
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained
+    assert all("lora_" in name and parameter.dtype == torch.float32 for name, parameter in trained.items())
+    lora = [module for module in model.modules() if hasattr(module, "lora_A")]
+    assert lora and not any(module.merged for module in lora)
+    assert all(module.lora_dropout.training for module in lora)
+
+
+def test_speech_goes_where_the_prompt_reserved_places(model_dir):
+    from nano.model import place_speech
+
+    embeddings, speech = torch.zeros(2, 7, 3), torch.arange(1.0, 25.0).reshape(2, 4, 3)
+    placed = place_speech(embeddings, speech, torch.tensor([2, 3]), torch.tensor([4, 2]))
+    expected = torch.zeros(2, 7, 3)
+    expected[0, 2:6], expected[1, 3:5] = speech[0], speech[1, :2]
+    assert torch.equal(placed, expected)
+
+
+def test_audio_that_cannot_be_read_stops_training_and_names_the_row(model_dir, rows, tmp_path):
+    model = build(model_dir)
+    broken = copy.deepcopy(rows[:2])
+    (tmp_path / "text.wav").write_text("not audio")
+    broken[1]["messages"][1]["content"] = f"语音转写：<|startofspeech|>!{tmp_path}/text.wav<|endofspeech|>"
+    with pytest.raises(RuntimeError, match="u1.*text.wav"):
+        batch_of(model, broken, tmp_path)
+
+
+def test_averaging_leaves_frozen_tensors_bit_identical(tmp_path):
+    start = {"frozen": torch.randn(100, dtype=torch.float32) / 3, "trained": torch.zeros(2)}
+    for number in range(3):
+        state = {"frozen": start["frozen"].clone(), "trained": torch.full((2,), float(number))}
+        torch.save({"state_dict": state}, tmp_path / f"{number}.pt")
+    torch.save(start, tmp_path / "start.pt")
+    mean = average([tmp_path / f"{n}.pt" for n in range(3)], {"trained"}, tmp_path / "start.pt")
+    assert torch.equal(mean["frozen"], start["frozen"])
+    assert torch.equal(mean["trained"], torch.ones(2))
+
+
+def test_shares_are_counts_and_repeats_get_keys_of_their_own():
+    simulated = [{"key": f"s{n}"} for n in range(10)]
+    real = [{"key": f"r{n}"} for n in range(3)]
+    mixed = mix(simulated, [("real_share", real, 0.5)], seed=0)
+    keys = [row["key"] for row in mixed]
+    assert len(keys) == len(set(keys)) == 15
+    assert sum(key.startswith("r") for key in keys) == 5
+    assert sum(key.endswith("#2") for key in keys) == 2
+    assert mix(list(reversed(simulated)), [("real_share", real, 0.5)], seed=0) == mixed
+    assert [row["key"] for row in take(real, 3, seed=1)] != [row["key"] for row in take(real, 3, seed=2)]
+
+
+def test_a_share_of_nothing_is_refused():
+    with pytest.raises(UserError, match="real_share"):
+        mix([{"key": "s"}], [("real_share", [], 1.0)], seed=0)
+
+
+@pytest.fixture(scope="module")
+def trained(model_dir, rows, tmp_path_factory) -> Path:
+    """Stages 1 to 3 on the twelve rows, by the real trainer."""
+    folder = tmp_path_factory.mktemp("exp with space")
+    write_jsonl(folder / "list.jsonl", rows)
+    overlay = {
+        "optim_conf": {"lr": 0.003}, "scheduler_conf": {"warmup_steps": 2},
+        "train_conf": {"max_epoch": 3, "keep_nbest_models": 2, "avg_nbest_model": 2, "log_interval": 1},
+        "dataset_conf": {"batch_type": "example", "batch_size": 4, "num_workers": 0},
+    }  # fmt: skip
+    (folder / "overlay.yaml").write_text(yaml.safe_dump(overlay))
+    initial = model_dir / "model.pt"
+    for stage in STAGES:
+        output = folder / stage
+        arguments = [
+            "--stage_conf", f"conf/{stage}.yaml", "--overlay", folder / "overlay.yaml", "--model_dir", model_dir,
+            "--init_checkpoint", initial, "--train_list", folder / "list.jsonl", "--valid_list", folder / "list.jsonl",
+            "--output_dir", output,
+        ]  # fmt: skip
+        before = helper("check_training.py", "before", *arguments)
+        assert before.returncode == 0, before.stderr
+        done = helper("train.py", *arguments)
+        assert done.returncode == 0, done.stderr[-3000:]
+        (output / "train.log").write_text(done.stdout + done.stderr)
+        after = helper("check_training.py", "after", *arguments)
+        assert after.returncode == 0, after.stderr
+        initial = output / "averaged.pt"
+    return folder
+
+
+@pytest.mark.parametrize(("stage", "modules"), [
+    (STAGES[0], {"audio_encoder"}), (STAGES[1], {"audio_adaptor", "ctc_decoder", "ctc"}), (STAGES[2], {"lora"}),
+])  # fmt: skip
+def test_each_stage_moves_its_modules_and_no_other(trained, stage, modules):
+    counts = json.loads((trained / stage / "parameters.json").read_text())
+    assert {name for name, count in counts.items() if count["trainable"]} == modules
+    assert set(json.loads((trained / stage / "run.json").read_text())["checked"]["moved_tensors"]) == modules
+
+
+def test_checkpoints_on_disk_are_bounded(trained):
+    on_disk = sorted(path.name for path in (trained / STAGES[0]).glob("model.pt.ep*"))
+    assert 2 <= len(on_disk) <= 3
+
+
+def test_a_mistyped_key_is_refused_with_the_nearest(model_dir, rows, tmp_path):
+    write_jsonl(tmp_path / "list.jsonl", rows)
+    (tmp_path / "typo.yaml").write_text("optim_conf: {lrr: 0.1}\n")
+    done = helper(
+        "check_training.py", "before", "--stage_conf", "conf/stage1_encoder_adapt.yaml", "--overlay",
+        tmp_path / "typo.yaml", "--model_dir", model_dir, "--init_checkpoint", model_dir / "model.pt",
+        "--train_list", tmp_path / "list.jsonl", "--valid_list", tmp_path / "list.jsonl",
+        "--output_dir", tmp_path / "e",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "optim_conf.lrr" in done.stderr and "optim_conf.lr" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"speech_length": 15000}, "frames"), ({"text_length": 0}, "tokens"), ({"key": "u0"}, "twice"),
+])  # fmt: skip
+def test_a_row_that_upstream_would_skip_is_refused(model_dir, rows, tmp_path, change, message):
+    write_jsonl(tmp_path / "list.jsonl", [*rows[:3], rows[3] | change])
+    done = helper(
+        "check_training.py", "before", "--stage_conf", "conf/stage1_encoder_adapt.yaml", "--model_dir", model_dir,
+        "--init_checkpoint", model_dir / "model.pt", "--train_list", tmp_path / "list.jsonl",
+        "--valid_list", tmp_path / "list.jsonl", "--output_dir", tmp_path / "e",
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
+
+
+def test_the_stage_list_can_be_written_from_stage_0_files(rows, tmp_path):
+    for name, count in (("simulated", 8), ("real", 4), ("wideband", 8)):
+        for split in ("train", "dev"):
+            part = [row | {"key": f"{name}-{row['key']}"} for row in rows[:count]]
+            write_jsonl(tmp_path / name / f"{split}_formatted.jsonl", part)
+    sources = [part for name in ("simulated", "real", "wideband") for part in (f"--{name}", tmp_path / name)]
+    done = helper("make_train_list.py", "--stage", 3, *sources, "--output", tmp_path / "t.jsonl",
+                  "--simulated_share", 0.5, "--wideband_replay", 0, "--valid_output", tmp_path / "v.jsonl")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert len(list(read_jsonl(tmp_path / "t.jsonl"))) == 6
+    assert all(row["key"].startswith("real") for row in read_jsonl(tmp_path / "v.jsonl"))
+    shutil.rmtree(tmp_path / "real")
+    assert helper("make_train_list.py", "--stage", 3, *sources, "--output", tmp_path / "t2.jsonl",
+                  "--valid_output", tmp_path / "v2.jsonl").returncode == 2  # fmt: skip
+    assert not (tmp_path / "t2.jsonl").exists()

@@ -1,0 +1,134 @@
+"""Folding LoRA and interpolating change what they should, nothing else, and never leave half a file."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from common import UserError
+from nano import weights
+
+ROOT = __file__.rsplit("/tests/", 1)[0]
+
+
+def make_lora_state(rank=4):
+    torch.manual_seed(0)
+    return {
+        "llm.q_proj.weight": torch.randn(8, 6, dtype=torch.bfloat16),
+        "llm.q_proj.lora_A": torch.randn(rank, 6),
+        "llm.q_proj.lora_B": torch.randn(8, rank),
+        "llm.q_proj.bias": torch.randn(8),
+        "encoder.weight": torch.randn(3, 3),
+    }
+
+
+def test_folding_adds_the_scaled_product_in_float32_and_drops_the_pair(tmp_path):
+    state = make_lora_state()
+    torch.save({"state_dict": state, "lora": {"r": 4, "lora_alpha": 8}}, tmp_path / "a.pt")
+    folded = weights.load_folded(tmp_path / "a.pt")
+    assert sorted(folded) == ["encoder.weight", "llm.q_proj.bias", "llm.q_proj.weight"]
+    expected = state["llm.q_proj.weight"].double() + 2.0 * (
+        state["llm.q_proj.lora_B"].double() @ state["llm.q_proj.lora_A"].double())
+    assert folded["llm.q_proj.weight"].dtype == torch.float32
+    torch.testing.assert_close(folded["llm.q_proj.weight"].double(), expected, atol=1e-5, rtol=1e-5)
+    assert folded["encoder.weight"].equal(state["encoder.weight"])
+
+
+def test_lora_without_its_settings_or_of_another_rank_is_refused(tmp_path):
+    torch.save({"state_dict": make_lora_state()}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match="lora_alpha"):
+        weights.load(tmp_path / "a.pt")
+    with pytest.raises(UserError, match="rank 4"):
+        weights.fold_lora(make_lora_state(), {"r": 8, "lora_alpha": 16})
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s}, lambda s: {"model": {"state_dict": s}},
+                                  lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}, "epoch": 3}])
+def test_every_container_funasr_writes_is_read(tmp_path, wrap):
+    state = {"a": torch.ones(2), "b": torch.zeros(1)}
+    torch.save(wrap(state), tmp_path / "m.pt")
+    assert sorted(weights.load_folded(tmp_path / "m.pt")) == ["a", "b"]
+
+
+def test_interpolation_is_exact_at_both_ends_and_leaves_frozen_and_tied_tensors_alone():
+    torch.manual_seed(0)
+    shared, frozen = torch.randn(4, 4), torch.randn(5).to(torch.bfloat16)
+    base = {"emb": shared, "head": shared, "frozen": frozen, "w": torch.randn(3), "steps": torch.tensor(3)}
+    moved = shared + 1.0
+    adapted = {"emb": moved, "head": moved, "frozen": frozen.clone(), "w": torch.randn(3), "steps": torch.tensor(9)}
+    for alpha, expected in ((0.0, base), (1.0, adapted)):
+        mixed = weights.interpolate(base, adapted, alpha)
+        assert all(mixed[name].equal(expected[name]) for name in ("emb", "head", "frozen", "w"))
+    mixed = weights.interpolate(base, adapted, 0.25)
+    torch.testing.assert_close(mixed["w"], 0.75 * base["w"] + 0.25 * adapted["w"])
+    assert mixed["frozen"].equal(frozen) and mixed["frozen"].dtype == torch.bfloat16
+    assert mixed["emb"].data_ptr() == mixed["head"].data_ptr()
+    assert mixed["steps"] == 9
+
+
+def test_models_that_do_not_belong_together_are_refused():
+    with pytest.raises(UserError, match="lacks 1 tensors, first b"):
+        weights.interpolate({"a": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)}, 0.5)
+    with pytest.raises(UserError, match="a is"):
+        weights.interpolate({"a": torch.ones(1)}, {"a": torch.ones(2)}, 0.5)
+
+
+def interpolate(*arguments):
+    command = [sys.executable, "local/interpolate.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_fold_and_mix_on_the_command_line(tmp_path):
+    base = {name: t for name, t in make_lora_state().items() if "lora" not in name}
+    torch.save(base, tmp_path / "model.pt")
+    torch.save({"state_dict": make_lora_state(), "lora": {"r": 4, "lora_alpha": 8}}, tmp_path / "averaged.pt")
+    folded, mixed = tmp_path / "folded.pt", tmp_path / "alpha.pt"
+    assert interpolate("fold", "--checkpoint", tmp_path / "averaged.pt", "--output", folded).returncode == 0
+    done = interpolate("mix", "--base", tmp_path / "model.pt", "--adapted", folded, "--alpha", 0, "--output", mixed)
+    assert done.returncode == 0, done.stderr
+    assert weights.load(mixed)[0]["llm.q_proj.weight"].equal(base["llm.q_proj.weight"].float())
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
+def test_a_broken_checkpoint_is_one_line_and_leaves_nothing(tmp_path, content):
+    if content is not None:
+        (tmp_path / "x.pt").write_bytes(content)
+    done = interpolate("fold", "--checkpoint", tmp_path / "x.pt", "--output", tmp_path / "y.pt")
+    assert done.returncode in (1, 2)
+    assert done.stderr.count("\n") == 1 and "x.pt" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "y.pt").exists()
+
+
+def score_row(model, test_set, errors, characters=1000):
+    return {"model": model, "test_set": test_set, "characters": characters, "substitutions": errors, "deletions": 0,
+            "insertions": 0}
+
+
+def choose(tmp_path, rows, *options):
+    (tmp_path / "dev.json").write_text(json.dumps(rows), "utf-8")
+    done = interpolate("choose", "--summary", tmp_path / "dev.json", "--output", tmp_path / "choice.json", *options)
+    assert done.returncode == 0, done.stderr
+    return json.loads((tmp_path / "choice.json").read_text("utf-8"))
+
+
+def test_the_best_telephone_model_within_the_wideband_budget_is_chosen(tmp_path):
+    rows = [score_row("base", "wideband_dev", 50)]
+    for alpha, simulated, real, wideband in (("0.25", 300, 30, 52), ("0.50", 200, 20, 58), ("1.00", 100, 10, 90)):
+        rows += [score_row(f"alpha_{alpha}", "simulated_dev", simulated),
+                 score_row(f"alpha_{alpha}", "real_dev", real, characters=100),
+                 score_row(f"alpha_{alpha}", "wideband_dev", wideband)]
+    assert choose(tmp_path, rows)["alpha"] == 0.5
+    choice = choose(tmp_path, rows, "--max_wideband_loss", "0.05")
+    assert choice["alpha"] == 1.0
+    assert [point["alpha"] for point in choice["curve"]] == [0.25, 0.5, 1.0]
+    assert choice["curve"][0]["telephone_cer"] == pytest.approx(330 / 1100)  # pooled by characters, not averaged
+    choice = choose(tmp_path, rows, "--max_wideband_loss", "0.001")
+    assert choice["alpha"] == 0.25 and "loses least" in choice["reason"]
+
+
+def test_without_wideband_dev_the_telephone_decides_and_it_is_said(tmp_path):
+    rows = [score_row("alpha_0.50", "real_dev", 20), score_row("alpha_1.00", "real_dev", 10)]
+    choice = choose(tmp_path, rows)
+    assert choice["alpha"] == 1.0 and "not scored" in choice["reason"]
