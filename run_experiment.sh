@@ -212,8 +212,7 @@ score() { "$PYTHON" local/score.py --transcripts "$1" --output "$2" ${KEYWORDS:+
 
 # --- stage 5: report and final model folder -------------------------------------------------------------------------
 stage_5() {
-  needs_model
-  needs 4 "$EVAL/summary.json" "$EVAL/checkpoints/final.pt"
+  needs_model; needs 4 "$EVAL/summary.json" "$EVAL/checkpoints/final.pt"
   TITLE="$EVAL -> $EXP_OUTPUT/report/index.html, $EXP_OUTPUT/final_model"
   READS=("$EVAL"/{summary.json,interpolation.json,checkpoints/final.pt}) SETTINGS=("REPORT_AUDIO=$REPORT_AUDIO")
   WRITES=("$EXP_OUTPUT"/report/{index.html,report.md} "$EXP_OUTPUT"/final_model/{model.pt,config.yaml})

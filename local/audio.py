@@ -50,7 +50,7 @@ def read(
             raise AudioError("channel_missing", f"channel {channel} of {samples.shape[1]} in {path}")
         samples = samples[:, channel]
     else:
-        samples = samples.mean(axis=1)
+        samples = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
     if samples.size == 0:
         raise AudioError("audio_empty", f"no samples between {start or 0.0} s and {end or 'the end'} in {path}")
     if not np.isfinite(samples).all():

@@ -47,8 +47,6 @@ def filter_corpus(args: argparse.Namespace) -> None:
                 ledger.reject(entry.given, entry.reason, entry.detail)
                 continue
             bands[facts["narrow"]] += 1
-            if ledger.kept == args.limit:
-                break
             measured = {"seconds": round(facts["seconds"], 3), "audio_hash": facts["hash"]}
             ledger.keep(entry.row | {name: value for name, value in measured.items() if value is not None})
     _warn_of_band(bands, args.expect_band)

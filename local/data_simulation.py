@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Send 16 kHz speech through simulated telephone calls: one channel per utterance, written as FLAC.
+r"""Send 16 kHz speech through simulated telephone calls: one channel per utterance, written as FLAC.
 
     python local/data_simulation.py --input raw_train.jsonl --output simulated_train.jsonl \
         --output_audio_dir audio --num_workers 8

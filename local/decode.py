@@ -158,20 +158,26 @@ def main() -> None:
     args = get_args()
     checkpoints, test_sets = named(args.checkpoint, "--checkpoint"), named(args.test_set, "--test_set")
     conf, sets, recogniser = read_conf(args.conf), {}, None
+    config = os.path.join(args.model_dir, "config.yaml")
+    if not os.path.isfile(config):
+        raise UserError(f"--model_dir {args.model_dir} is not a model folder: no config.yaml; see stage -1", code=2)
     for name, path in test_sets.items():
         sets[name] = list(read_jsonl(path))
+        if not sets[name]:
+            raise UserError(f"{path} has no rows; run stage 0 again")
         if len({row["key"] for row in sets[name]}) < len(sets[name]):
             raise UserError(f"{path}: a key occurs twice; keys name the rows of a transcript")
     for model, path in checkpoints.items():
-        path, loaded = path or os.path.join(args.model_dir, "model.pt"), False
-        if not os.path.isfile(path):
+        checkpoints[model] = path or os.path.join(args.model_dir, "model.pt")
+        if not os.path.isfile(checkpoints[model]):
             raise UserError(f"--checkpoint {model}: {path} does not exist; run the stage that writes it", code=2)
-        weights_hash = file_hash(path)
+    for model, path in checkpoints.items():
+        weights_hash, loaded = file_hash(path), False
         for test_set, rows in sets.items():
             settings = {
                 "model": model, "test_set": test_set, "checkpoint": path, "checkpoint_hash": weights_hash,
                 "data_hash": file_hash(test_sets[test_set]), "frontend_fs": args.frontend_fs, "conf": conf,
-                "config_hash": file_hash(os.path.join(args.model_dir, "config.yaml")),
+                "config_hash": file_hash(config),
             }
             fingerprint = hashlib.sha256(json.dumps({**settings, "checkpoint": ""}).encode()).hexdigest()[:16]
             output = Path(args.output_dir) / f"{model}.{test_set}.jsonl"

@@ -45,17 +45,18 @@ VOICES = {
     "calls_dev": ["ed", "Alicia", "rob"],
     "calls_test": ["ian", "steph2", "travis"],
 }
-# name: (sentences, voices, utterances, held out: only sentences with slots, texts that no other set has)
+# name: (shares of kinds of sentences, voices, utterances, held out: texts with slots, which no other set has)
 SETS = {
-    "calls_test": ("calls", "calls_test", 240, True),
-    "calls_dev": ("calls", "calls_dev", 240, True),
-    "wideband_test": ("wideband", "test", 240, True),
-    "wideband_dev": ("wideband", "dev", 240, True),
-    "base_train": ("wideband", "train", 3600, False),
-    "wideband_train": ("wideband", "train", 1400, False),
-    "calls_train": ("calls", "calls_train", 500, False),
+    "calls_test": ({"calls": 1}, "calls_test", 240, True),
+    "calls_dev": ({"calls": 1}, "calls_dev", 240, True),
+    "wideband_test": ({"wideband": 1}, "test", 240, True),
+    "wideband_dev": ({"wideband": 1}, "dev", 240, True),
+    "base_train": ({"wideband": 0.6, "short": 0.4}, "train", 4200, False),
+    "wideband_train": ({"wideband": 1}, "train", 1400, False),
+    "calls_train": ({"calls": 1}, "calls_train", 500, False),
 }
-
+# What makes texts of a pattern many, so that some can be held out.
+SLOT = re.compile(r"\{(digits|phone|amount|date|few)\}")
 ROUGHEN = {"low_pass_share": 0.4, "low_pass_hz": (3300, 7000), "noise_share": 0.4, "snr_db": (12, 35)}
 
 
@@ -79,6 +80,8 @@ def fill(sentence: str, rng: np.random.Generator) -> str:
         name = match.group(1)
         if name == "digits":
             return "".join(DIGITS[d] for d in rng.integers(0, 10, rng.integers(4, 8)))
+        if name == "few":
+            return "".join(DIGITS[d] for d in rng.integers(0, 10, rng.integers(1, 4)))
         if name == "phone":
             return "".join(DIGITS[d] for d in rng.integers(0, 10, 4))
         if name == "amount":
@@ -98,24 +101,28 @@ def write_texts(sentences: dict[str, list[str]], sets: dict, seed: int) -> dict[
     """
     reserved: set[str] = set()
     texts = {}
-    for name, (kind, _, count, held_out) in sets.items():
-        patterns = [s for s in sentences[kind] if not held_out or re.search(r"\{(digits|phone|amount|date)\}", s)]
-        # A pattern without slots is one sentence: a tenth of the weight keeps it from filling the training set.
-        weights = np.array([1.0 if re.search(r"\{(digits|phone|amount|date)\}", s) else 0.3 for s in patterns])
+    for name, (kinds, _, count, held_out) in sets.items():
+        patterns, weights = [], []
+        for kind, share in kinds.items():
+            mine = [s for s in sentences[kind] if not held_out or SLOT.search(s)]
+            # A pattern without slots is one sentence: a third of the weight keeps it from filling the training set.
+            weight = np.array([1.0 if SLOT.search(s) else 0.3 for s in mine])
+            patterns += mine
+            weights += list(share * weight / weight.sum())
         rng = generator(seed, name)
-        mine: list[str] = []
+        drawn: list[str] = []
         for _ in range(count * 100):
-            text = fill(patterns[rng.choice(len(patterns), p=weights / weights.sum())], rng)
-            if text in reserved or (held_out and text in mine):
+            text = fill(patterns[rng.choice(len(patterns), p=weights)], rng)
+            if text in reserved or (held_out and text in drawn):
                 continue
-            mine.append(text)
-            if len(mine) == count:
+            drawn.append(text)
+            if len(drawn) == count:
                 break
         else:
-            raise UserError(f"{name}: only {len(mine)} distinct texts of {count}; add patterns to the sentences file")
+            raise UserError(f"{name}: only {len(drawn)} distinct texts of {count}; add patterns to the sentences file")
         if held_out:
-            reserved.update(mine)
-        texts[name] = mine
+            reserved.update(drawn)
+        texts[name] = drawn
     return texts
 
 

@@ -4,8 +4,8 @@
         --wideband DATA/wideband_16k --output trainlist.jsonl --valid_output valid.jsonl
 
 Each of the three is a folder with {train,dev}_formatted.jsonl. Stages 1 and 2: all simulated rows, real and wideband
-ones as shares of their count; stage 3: all real rows, simulated and wideband ones as shares. Shares are counts: with fewer
-rows than a share asks for, rows repeat, under keys key#2, key#3. Choice and order are a function of (seed, key).
+ones as shares of their count; stage 3: all real rows, simulated and wideband ones as shares. Shares are counts: with
+fewer rows than a share asks for, rows repeat, under keys key#2, key#3. Choice and order are a function of (seed, key).
 The dev list holds telephone speech only: it ranks checkpoints by what is to be recognised.
 """
 

@@ -31,7 +31,7 @@ SPACE_AT_CJK = re.compile(rf"(?<=[{CJK}])\s+|\s+(?=[{CJK}])")
 LOOP = re.compile(r"(.{1,12}?)\1{4}")
 # Bounds between the groups that error rates are broken down by.
 EDGES = {
-    "snr": ("dB", (5, 10, 15, 20, 30)), "loss": ("% packets lost", (0.1, 1, 3, 5)),
+    "snr": ("dB", (5, 10, 15, 20, 30)), "loss": ("%", (0.1, 1, 3, 5)),
     "duration": ("seconds", (2, 5, 10, 30)),
 }
 
@@ -202,8 +202,8 @@ def conditions(row: dict[str, Any]) -> dict[str, str]:
     """What is known of an utterance, as condition -> value: codecs, SNR, loss, duration, speaker, corpus."""
     values: dict[str, Any] = {"duration": row["seconds"], "speaker": row.get("speaker"), "corpus": row.get("corpus")}
     if channel := row.get("condition"):  # the plan that telephone/channel.py drew; recorded calls have none
-        hops = [channel[hop]["codec"] for hop in ("hop1", "hop2", "recorder") if hop in channel]
-        values["codec"] = " > ".join(hops) or "none"
+        for name, hop in (("codec", "hop1"), ("second codec", "hop2"), ("recorder", "recorder")):
+            values[name] = channel.get(hop, {}).get("codec", "none")
         values["snr"] = channel.get("noise", {}).get("snr_db", "no noise")
         values["loss"] = channel.get("packet_loss", {}).get("percent", 0.0)
     return {

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import functools
+import heapq
+import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import audio
-from common import UserError, file_hash, progress, read_jsonl, run, write_jsonl
+from common import UserError, atomic_write, file_hash, progress, read_jsonl, run, write_jsonl
 from corpus import Entry, count_rows, group_rows, hash_share, read_rows
 from corpus_filter import filter_corpus
 from ledger import Resume, batches, is_older, open_ledger, parallel
@@ -47,6 +49,15 @@ def split(args: argparse.Namespace) -> None:
     for path, half in zip((args.dev, args.test), halves, strict=True):
         write_jsonl(path, (rows[i] for i in sorted(half)))
     logging.info("%s: %d rows in, %d dev, %d test, %d groups", args.input, len(rows), *map(len, halves), len(groups))
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Write some rows of a corpus, bad ones too, chosen by a hash: a trial of what the whole will do."""
+    chosen = heapq.nsmallest(args.rows, ((hash_share(str(e.given)), n, e) for n, e in enumerate(read_rows(args.input))))
+    with atomic_write(args.output) as file:
+        for _, _, entry in chosen:
+            given = entry.row or entry.given
+            file.write((given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)) + "\n")
 
 
 def convert(args: argparse.Namespace) -> None:
@@ -137,7 +148,7 @@ def text_lengths(folder: str | None) -> Callable[[list[str]], list[int]]:
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{filter,split,convert,validate,stats}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     cores = len(os.sched_getaffinity(0))
 
     def boolean(text: str) -> bool:
@@ -161,7 +172,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_speech_percentile", type=float, help="Fit the longest length allowed to this percentile of the corpus.")
     add("--against", nargs="*", default=[], help="Rows of other sets: what shares audio, call or speaker is dropped.")
     add("--expect_band", choices=("wideband", "telephone"), help="Warn of rows whose spectrum says otherwise.")
-    add("--limit", type=int, help="Stop when this many rows are kept: a trial.")
     add("--headers_only", action="store_true", help="Do not decode: no checks of level, clipping, band, equal audio.")
     add("--num_workers", type=int, default=cores, help="Worker processes.")
 
@@ -183,6 +193,11 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--test", required=True, help="JSONL of the second half.")
     add("--by", default="auto", choices=("auto", "call", "speaker", "key"), help="What the halves must not share.")
 
+    add = commands.add_parser("sample", help="Write some rows of a corpus, chosen by a hash.").add_argument
+    add("--input", required=True, help="JSONL file or Kaldi data directory.")
+    add("--output", required=True, help="JSONL to write.")
+    add("--rows", type=int, default=10, help="How many.")
+
     add = commands.add_parser("validate", help="Check formatted files; exit 1 and ten problems.").add_argument
     add("--input", required=True, nargs="+", help="Formatted JSONL; train, dev and test are told by the files' names.")
     add("--check_audio", action="store_true", help="Measure every file's audio again, not a sample of 200.")
@@ -193,10 +208,15 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", help="The report (default: STAGE0_COMPLETION_REPORT.md in --data_dir); pictures go beside it.")
     add("--source", nargs="*", default=[], metavar="CORPUS/SPLIT[,SPLIT]=PATH",
         help="Count this input again; exit 1 when a row of it is neither valid nor rejected.")
+    add("--estimate", nargs="*", default=[], metavar="CORPUS/SPLIT[,SPLIT]=PATH",
+        help="Say what this whole corpus will take, from --data_dir, which holds a sample of it.")
+    add("--simulation_seconds", type=float, default=0.0, help="Time that simulating the sample's train set took.")
     return parser.parse_args(argv)
 
 
-COMMANDS = {"filter": filter_corpus, "split": split, "convert": convert, "validate": validate, "stats": stats}
+COMMANDS = {
+    "filter": filter_corpus, "split": split, "sample": sample, "convert": convert, "validate": validate, "stats": stats,
+}
 
 
 def main(argv: list[str] | None = None) -> None:

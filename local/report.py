@@ -26,8 +26,8 @@ TELEPHONE = ("real_test", "simulated_test")  # the first that was scored makes t
 SPLITS = ("train", "dev", "test")
 MAX_SILENCE_GAIN = 5.0  # characters a minute where nobody speaks that the final model may write over the base
 WORST, GALLERY, AUDIO_SECONDS = 20, 6, 20.0
-CONDITIONS = {"codec": "codecs on the way", "snr": "signal-to-noise ratio", "loss": "packet loss",
-              "duration": "length of the utterance"}
+CONDITIONS = {"codec": "codec", "second codec": "second codec", "recorder": "recorder's codec",
+              "snr": "signal-to-noise ratio", "loss": "packet loss", "duration": "length of the utterance"}
 # The line that funasr/train_utils/trainer_ds.py logs.
 LOG_LINE = re.compile(r"\b(train|val), rank: 0, .*?total step: (\d+), .*?\(loss_avg_slice: ([\d.]+)\)")
 
@@ -172,7 +172,7 @@ def gallery(exp_output: Path, missing: list[str]) -> list[dict[str, Any]]:
 
 def describe(row: dict[str, Any]) -> str:
     """What is known of an utterance, in one line."""
-    known = {name: value for name, value in metrics.conditions(row).items() if name != "duration"}
+    known = {name: value for name, value in metrics.conditions(row).items() if name != "duration" and value != "none"}
     return ", ".join([f"{row['seconds']:.1f} s", *(f"{name} {value}" for name, value in known.items())])
 
 

@@ -145,9 +145,12 @@ def print_table(summary: list[dict[str, Any]]) -> None:
 def main() -> None:
     args = get_args()
     keywords = metrics.read_keywords(args.keywords)
-    with open(args.conf, encoding="utf-8") as file:
-        conf = yaml.safe_load(file)
-    scored = [Scored(rows, keywords, conf["chinese_numerals"]) for rows in read_transcripts(args.transcripts)]
+    try:
+        conf = yaml.safe_load(Path(args.conf).read_text("utf-8"))
+        chinese_numerals, resamples = bool(conf["chinese_numerals"]), int(conf["bootstrap_resamples"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--conf {args.conf}: {error!r}; want chinese_numerals, bootstrap_resamples", code=2) from error
+    scored = [Scored(rows, keywords, chinese_numerals) for rows in read_transcripts(args.transcripts)]
     # Models in the order of the training, the test set without speech last.
     scored.sort(key=lambda one: (
         one.test_set == "no_speech", one.test_set, one.model != "base", one.model == "final", one.model
@@ -157,7 +160,7 @@ def main() -> None:
     for one in scored:
         # Dev chose the model, so a p-value there would flatter it.
         tested = one.model != "base" and not one.test_set.endswith("_dev")
-        summary.append(one.summary(bases.get(one.test_set) if tested else None, conf["bootstrap_resamples"]))
+        summary.append(one.summary(bases.get(one.test_set) if tested else None, resamples))
     details = {
         "conditions": [row for one in scored for row in one.breakdown()],
         "keywords": [row for one in scored for row in one.keyword_table(keywords)],

@@ -27,6 +27,7 @@ SAMPLE = 200  # files whose audio is measured again; all of them with --check_au
 SHOWN = 10
 USER = re.compile(r"[^<]*<\|startofspeech\|>!(/.+)<\|endofspeech\|>", re.DOTALL)
 SPLITS = ("train", "dev", "test")
+SIMULATED_TRAIN = "simulated_8k_telephone/train"
 
 
 # --- validate
@@ -151,7 +152,14 @@ def stats(args: argparse.Namespace) -> None:
     parts = [read_part(folder, split, worst) for folder, split in _find(Path(args.data_dir))]
     if not parts:
         raise UserError(f"{args.data_dir} has no */*_formatted.jsonl; run stage 0 first", code=2)
-    lost = count_sources(args.source, parts)
+    lost = [
+        f"{path} has {whole} rows, {names} {seen}"
+        for names, path, _, whole, seen in count_sources(args.source, parts) if whole != seen
+    ]
+    simulated = sum(part.frames for part in parts if part.name == SIMULATED_TRAIN)
+    for names, path, chosen, whole, seen in count_sources(args.estimate, parts):
+        cost = args.simulation_seconds / max(simulated, 1) if names.startswith("simulated") else 0.0
+        estimate(names, path, chosen, whole / max(seen, 1), cost)
     output = Path(args.output or Path(args.data_dir) / "STAGE0_COMPLETION_REPORT.md")
     output.parent.mkdir(parents=True, exist_ok=True)
     levels = {part.name: measure_levels(part) for part in parts if part.rows}
@@ -195,9 +203,9 @@ def excess(detail: str) -> float:
     return abs(float(match[1]) - float(match[2])) if match else 0.0
 
 
-def count_sources(sources: Iterable[str], parts: list[Part]) -> list[str]:
-    """Count the input rows of `CORPUS/SPLIT[,SPLIT]=PATH` again; return what does not add up."""
-    lost, by_name = [], {part.name: part for part in parts}
+def count_sources(sources: Iterable[str], parts: list[Part]) -> Iterator[tuple[str, str, list[Part], int, int]]:
+    """For each `CORPUS/SPLIT[,SPLIT]=PATH`: names, path, the parts, rows in the file and in the parts."""
+    by_name = {part.name: part for part in parts}
     for source in sources:
         names, _, path = source.partition("=")
         corpus, _, splits = names.partition("/")
@@ -205,11 +213,19 @@ def count_sources(sources: Iterable[str], parts: list[Part]) -> list[str]:
             chosen = [by_name[f"{corpus}/{split}"] for split in splits.split(",")]
         except KeyError as error:
             raise UserError(f"--source {source}: there is no {error} in --data_dir", code=2) from error
-        given, seen = count_rows(path), sum(part.rows + part.rejected for part in chosen)
-        chosen[0].given = given
-        if given != seen:
-            lost.append(f"{path} has {given} rows, {names} {seen}")
-    return lost
+        chosen[0].given = count_rows(path)
+        yield names, path, chosen, chosen[0].given, sum(part.rows + part.rejected for part in chosen)
+
+
+def estimate(names: str, path: str, sampled: list[Part], factor: float, seconds_per_frame: float) -> None:
+    """Say what the whole of a corpus will take, from the parts that a sample of it became."""
+    rows, frames = sum(part.rows for part in sampled), sum(part.frames for part in sampled)
+    size = sum(os.path.getsize(item[2]) for part in sampled for item in part.sample)
+    hours = frames * factor * seconds_per_frame / 3600
+    print(
+        f"{names}: {path}: about {rows * factor:.0f} utterances, {frames * factor / 360_000:.1f} hours, "
+        f"{size * factor / 1e9:.2f} GB" + (f", {hours:.3g} core-hours of simulation" if hours else "")
+    )
 
 
 def measure_levels(part: Part) -> list[tuple[float, bool]]:

@@ -225,7 +225,7 @@ def _lines(path: str) -> int:
 
 def _short(path: str, root: str) -> str:
     relative = os.path.relpath(path, root)
-    return relative.removeprefix("data/").removesuffix(".jsonl")
+    return relative.removeprefix("data/").removesuffix(".jsonl").removesuffix("_formatted")
 
 
 def _clock() -> str:

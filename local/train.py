@@ -112,7 +112,8 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--output_dir", type=Path, required=True, help="Experiment folder of the stage.")
     parser.add_argument("--frontend_fs", type=int, default=16000, help="Sampling rate of audio and features, Hz.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of initial weights, order, dropout and SpecAugment.")
-    parser.add_argument("--num_threads", type=int, default=len(os.sched_getaffinity(0)), help="CPU threads without a GPU.")
+    threads = len(os.sched_getaffinity(0))
+    parser.add_argument("--num_threads", type=int, default=threads, help="CPU threads where there is no GPU.")
     return parser.parse_args()
 
 

@@ -58,8 +58,9 @@ def test_a_plain_key_keeps_its_name():
 @pytest.mark.parametrize(
     ("name", "rate", "kind"),
     [
-        ("pcm.wav", 8000, "PCM_16"), ("alaw.wav", 8000, "ALAW"), ("ulaw.wav", 8000, "ULAW"), ("gsm.wav", 8000, "GSM610"),
-        ("float.wav", 44100, "FLOAT"), ("deep.wav", 96000, "PCM_24"), ("a.flac", 16000, "PCM_16"),
+        ("pcm.wav", 8000, "PCM_16"), ("alaw.wav", 8000, "ALAW"), ("ulaw.wav", 8000, "ULAW"),
+        ("gsm.wav", 8000, "GSM610"), ("float.wav", 44100, "FLOAT"), ("deep.wav", 96000, "PCM_24"),
+        ("a.flac", 16000, "PCM_16"),
         ("a.mp3", 16000, None), ("a.ogg", 16000, None), ("a.au", 8000, "ULAW"),
         ("amr.amr", 8000, "libopencore_amrnb"), ("a.g722", 16000, "g722"), ("g726.wav", 8000, "g726"),
         ("a.m4a", 16000, "aac"), ("a.opus", 48000, "libopus"),

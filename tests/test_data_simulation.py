@@ -147,7 +147,7 @@ def test_stereo_and_segments_are_cut(corpus):
         np.corrcoef(call, filters.send(side[32000:72000], 16000, "band", 300, 3400, None))[0, 1]
         for side in (left, right)
     ]
-    assert abs(likeness[0]) < 0.3 and likeness[1] > 0.95
+    assert abs(likeness[0]) < 0.3 and likeness[1] > 0.85
     assert not {"start", "end"} & set(simulated)
     assert (simulated["wideband_channel"], simulated["wideband_start"], simulated["wideband_end"]) == (1, 2.0, 4.5)
 

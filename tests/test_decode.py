@@ -179,6 +179,22 @@ def test_names_that_could_not_be_file_names_are_refused(pairs):
         named(pairs, "--checkpoint")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "x=/nowhere.pt"], "/nowhere.pt does not exist"),
+        (["--conf", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["--model_dir", "/nowhere"], "no config.yaml"),
+        (["--test_set", "t=/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["--test_set", "t=/dev/null"], "/dev/null"),
+    ],
+)
+def test_a_wrong_command_is_one_line(model_dir, test_set, tmp_path, arguments, message):
+    done = helper(*decode_command(model_dir, test_set[0], tmp_path / "out", "conf/decode.yaml"), *arguments)
+    assert done.returncode in (1, 2) and done.stderr.count("\n") == 1 and message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def transcript_rows(model, test_set, hypotheses, references):
     return [{"key": str(n), "hyp": hyp, "ref": ref, "seconds": 3.0, "model": model, "test_set": test_set,
              "condition": {"hop1": {"codec": "g711_alaw"}, "noise": {"kind": "white", "snr_db": 12.0}, "g711": "alaw"},
@@ -209,7 +225,7 @@ def test_summary_holds_the_rows_of_the_contract(tmp_path):
     assert base["chars_per_minute"] is None
     details = json.loads((tmp_path / "details.json").read_text("utf-8"))
     values = {(row["condition"], row["value"]) for row in details["conditions"]}
-    assert {("codec", "g711_alaw"), ("snr", "10 to 15 dB"), ("loss", "under 0.1 % packets lost"),
+    assert {("codec", "g711_alaw"), ("snr", "10 to 15 dB"), ("loss", "under 0.1 %"), ("recorder", "none"),
             ("duration", "2 to 5 seconds"), ("speaker", "s1")} <= values
     assert ("退", "腿") in [(row["reference"], row["hypothesis"]) for row in details["confusions"]]
     assert "real_test" in done.stdout and "CER %" in done.stdout

@@ -20,8 +20,10 @@ from nano.trainer import average
 
 ROOT = Path(__file__).resolve().parent.parent
 ALPHABET = "一二三四五六七八九零元月号订单"
-SMALL = {"encoder_dim": 32, "encoder_blocks": 1, "encoder_heads": 2, "encoder_ffn": 32, "adaptor_ffn": 32,
-         "llm_dim": 32, "llm_heads": 2, "llm_kv_heads": 1, "llm_head_dim": 16, "llm_ffn": 48, "ctc_ffn": 32}  # fmt: skip
+SMALL = {
+    "encoder_dim": 32, "encoder_blocks": 1, "encoder_heads": 2, "encoder_ffn": 32, "adaptor_ffn": 32, "ctc_ffn": 32,
+    "llm_dim": 32, "llm_heads": 2, "llm_kv_heads": 1, "llm_head_dim": 16, "llm_ffn": 48,
+}  # fmt: skip
 STAGES = ["stage1_encoder_adapt", "stage2_adapter_align", "stage3_lora_domain"]
 
 

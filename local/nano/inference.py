@@ -39,6 +39,7 @@ class Recogniser:
         self.auto_model = AutoModel(
             model=str(model_dir), device=device, disable_update=True, ctc_decoder=None, ncpu=torch.get_num_threads(),
             frontend_conf={"fs": frontend_fs, "dither": 0.0},  # FunASR's default dither makes transcripts random
+            llm_conf={"llm_dtype": self.dtype},
         )
         self.device = self.auto_model.kwargs["device"]
 
