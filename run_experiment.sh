@@ -20,8 +20,6 @@ A stage that is up to date is not run again; a killed one goes on. What has chan
 Relative paths start at the repository. Options (--real_share 0.2, --real-share 0.2, or REAL_SHARE=0.2 in the
 environment; the command line beats the environment beats --config FILE beats conf/experiment.conf):
 
-  --config FILE
-      NAME=value lines, as conf/experiment.conf
 EOF
   option_help
 }
@@ -162,9 +160,11 @@ train() {
     launch+=(-m torch.distributed.run --nproc_per_node "$((gpus > 0 ? gpus : 1))" --nnodes "$NNODES"
       --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
   fi
-  "${launch[@]}" local/train.py "${CONFS[@]}" --model_dir "$MODEL_DIR" --init_checkpoint "$PARENT" \
-    --train_list "$DIR/trainlist.jsonl" --valid_list "$DIR/valid.jsonl" --output_dir "$DIR" \
-    --frontend_fs "$FRONTEND_FS" --seed "$SEED"
+  local facts=("${CONFS[@]}" --model_dir "$MODEL_DIR" --init_checkpoint "$PARENT" --train_list "$DIR/trainlist.jsonl"
+    --valid_list "$DIR/valid.jsonl" --output_dir "$DIR" --frontend_fs "$FRONTEND_FS")
+  "$PYTHON" local/check_training.py before "${facts[@]}"
+  "${launch[@]}" local/train.py "${facts[@]}" --seed "$SEED"
+  "$PYTHON" local/check_training.py after "${facts[@]}"
 }
 
 # --- stage 4: final model and scores --------------------------------------------------------------------------------
@@ -222,8 +222,8 @@ stage_5() {
 
 finish() {
   "$PYTHON" local/export_model.py --model_dir "$MODEL_DIR" --checkpoint "$EVAL/checkpoints/final.pt" \
-    --summary "$EVAL/summary.json" \
-    --output "$EXP_OUTPUT/final_model" --frontend_fs "$FRONTEND_FS" --text_style "$TEXT_STYLE"
+    --summary "$EVAL/summary.json" --output "$EXP_OUTPUT/final_model" \
+    --frontend_fs "$FRONTEND_FS" --text_style "$TEXT_STYLE"
   "$PYTHON" local/report.py --exp_output "$EXP_OUTPUT" --output "$EXP_OUTPUT/report" --report_audio "$REPORT_AUDIO"
 }
 

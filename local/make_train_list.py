@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,20 @@ def order(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
 
 
 def take(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` rows: each once in a drawn order, then each again as key#2, and so on."""
+    """`count` rows in a drawn order: each once, then each again, and so on."""
     rows = order(rows, seed)
-    taken = []
-    for number in range(count):
-        turn, place = divmod(number, len(rows))
-        row = rows[place]
-        taken.append(row if turn == 0 else row | {"key": f"{row['key']}#{turn + 1}"})
-    return taken
+    return [rows[number % len(rows)] for number in range(count)]
+
+
+def number_repeats(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Give the second row of one key the key key#2, and so on; an utterance and its wideband original share a key."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for row in rows:
+        key = row["key"]
+        seen[key] += 1
+        numbered.append(row if seen[key] == 1 else row | {"key": f"{key}#{seen[key]}"})
+    return numbered
 
 
 def mix(main: list[dict], shares: list[tuple[str, list[dict], float]], seed: int) -> list[dict]:
@@ -47,7 +54,7 @@ def mix(main: list[dict], shares: list[tuple[str, list[dict], float]], seed: int
             raise UserError(f"{name} is {share} but there are no such rows; set --{name} 0 or run stage 0 with them", 2)
         rows += take(source, count, seed)
         logging.info("%s %s: %d of %d rows%s", name, share, count, len(source), " (repeated)" * (count > len(source)))
-    return order(rows, seed)
+    return order(number_repeats(rows), seed)
 
 
 def get_args() -> argparse.Namespace:

@@ -3,6 +3,7 @@
 # conf/experiment.conf is an option --name; command line beats environment beats --config FILE beats that file.
 
 option_help() {
+  printf '  --config FILE\n      NAME=value lines, as conf/experiment.conf\n'
   awk '/^#/ { comment = substr($0, 3) }
        /^[A-Z]/ { value = $0; sub(/^[^=]*=/, "", value); name = $0; sub(/=.*/, "", name)
                   printf "  --%s %s\n      %s\n", tolower(name), value, comment }' conf/experiment.conf

@@ -30,7 +30,7 @@ OVERLAY = """
 optim_conf: {lr: %s}
 scheduler_conf: {warmup_steps: 20}
 train_conf: {max_epoch: %d, keep_nbest_models: 2, avg_nbest_model: 2, log_interval: 5}
-dataset_conf: {batch_type: example, batch_size: 16, num_workers: 0, cache_gib: 1.0}
+dataset_conf: {batch_size: 6000, batch_size_sample_max: 64, sort_size: 128, num_workers: 0, cache_gib: 1.0}
 """
 
 
@@ -68,7 +68,10 @@ def experiment(tmp_path_factory) -> Path:
             (folder / f"{corpus}_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     (folder / "conf").mkdir()
     base = (ROOT / "conf/demo/base_model.yaml").read_text("utf-8")
-    (folder / "conf/base_model.yaml").write_text(re.sub(r"max_epoch: \d+", "max_epoch: 12", base), "utf-8")
+    base = re.sub(r"max_epoch: \d+", "max_epoch: 12", base)
+    # Prompts last from one to twenty seconds: batches by length, or most of each would be padding.
+    base = base.replace("batch_type: example\n  batch_size: 16", "batch_size: 6000\n  batch_size_sample_max: 64")
+    (folder / "conf/base_model.yaml").write_text(base, "utf-8")
     for name, rate, epochs in (
         ("stage1_encoder_adapt", "5.0e-4", 3),
         ("stage2_adapter_align", "5.0e-4", 3),

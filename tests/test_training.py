@@ -166,6 +166,8 @@ def test_shares_are_counts_and_repeats_get_keys_of_their_own():
     assert sum(key.endswith("#2") for key in keys) == 2
     assert mix(list(reversed(simulated)), [("real_share", real, 0.5)], seed=0) == mixed
     assert [row["key"] for row in take(real, 3, seed=1)] != [row["key"] for row in take(real, 3, seed=2)]
+    replayed = mix(simulated, [("wideband_replay", simulated, 0.5)], seed=0)  # the originals have the same keys
+    assert len({row["key"] for row in replayed}) == 15
 
 
 def test_a_share_of_nothing_is_refused():
