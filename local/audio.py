@@ -36,21 +36,16 @@ class AudioError(Exception):
 def read(
     path: str | os.PathLike, channel: int | None = None, start: float | None = None, end: float | None = None
 ) -> tuple[np.ndarray, int]:
-    """Read one channel of a recording, or its mix-down when `channel` is None, from `start` to `end` seconds.
+    """Read one channel (the mix-down for None) from `start` to `end` seconds: float32 (n,) in [-1, 1], rate in Hz.
 
-    Returns float32 samples of shape (n,) in [-1, 1] and the file's own sampling rate in Hz.
     Raises AudioError: audio_missing, audio_unreadable, audio_empty, channel_missing, bad_segment, audio_not_finite.
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
         raise AudioError("audio_missing", f"{path} does not exist")
-    samples, rate = _decode(path, start or 0.0, end)
-    if channel is not None:
-        if not 0 <= channel < samples.shape[1]:
-            raise AudioError("channel_missing", f"channel {channel} of {samples.shape[1]} in {path}")
-        samples = samples[:, channel]
-    else:
-        samples = samples[:, 0] if samples.shape[1] == 1 else samples.mean(axis=1)
+    samples, rate = _decode_soundfile(path, start or 0.0, end) or _decode_other(path, start or 0.0, end)
+    _check_channel(channel, samples.shape[1], path)
+    samples = samples.mean(axis=1) if channel is None else samples[:, channel]
     if samples.size == 0:
         raise AudioError("audio_empty", f"no samples between {start or 0.0} s and {end or 'the end'} in {path}")
     if not np.isfinite(samples).all():
@@ -74,21 +69,17 @@ def write(path: str | os.PathLike, samples: np.ndarray, rate: int) -> None:
 
 
 class Length(NamedTuple):
-    """What a header says: samples of the segment, the file's rate in Hz, and whether training may read it in place."""
+    """Samples of a segment, the file's rate in Hz, and whether it is all of a mono file of linear PCM."""
 
     samples: int
     rate: int
-    plain: bool
+    plain: bool  # any training framework loads it alike
 
 
 def length(
     path: str | os.PathLike, channel: int | None = None, start: float | None = None, end: float | None = None
 ) -> Length:
-    """Length of what `read` would return, from the header where soundfile knows the format, else by reading.
-
-    `plain` is true of a whole mono WAV or FLAC file of linear PCM, which any training framework loads alike.
-    Raises AudioError as `read` does.
-    """
+    """Length of what `read` would return, from the header where it says so, else by reading; AudioError as there."""
     path = os.fspath(path)
     try:
         header = soundfile.info(path)
@@ -97,8 +88,7 @@ def length(
     if header is None or not 0 < header.frames < UNKNOWN_LENGTH:
         samples, rate = read(path, channel, start, end)
         return Length(len(samples), rate, False)
-    if channel is not None and not 0 <= channel < header.channels:
-        raise AudioError("channel_missing", f"channel {channel} of {header.channels} in {path}")
+    _check_channel(channel, header.channels, path)
     first, last = _bounds(header.frames, header.samplerate, start or 0.0, end, path)
     if last <= first:
         raise AudioError("audio_empty", f"no samples between {start} s and {end} s in {path}")
@@ -131,25 +121,18 @@ def file_name(key: str, suffix: str = ".flac") -> str:
     return f"{readable}~{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()[:20]}{suffix}"
 
 
-def _decode(path: str, start: float, end: float | None) -> tuple[np.ndarray, int]:
-    errors = []
-    for decoder in (_decode_soundfile, _decode_pyav, _decode_sox):
-        try:
-            return decoder(path, start, end)
-        except AudioError:
-            raise
-        except Exception as error:  # three libraries, each with its own exceptions for a file it cannot read
-            errors.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
-    raise AudioError("audio_unreadable", f"{path}: {'; '.join(errors)}")
-
-
-def _decode_soundfile(path: str, start: float, end: float | None) -> tuple[np.ndarray, int]:
-    with soundfile.SoundFile(path) as file:
+def _decode_soundfile(path: str, start: float, end: float | None) -> tuple[np.ndarray, int] | None:
+    """Samples of shape (n, channels) and rate in Hz; None where another decoder should be asked."""
+    try:
+        file = soundfile.SoundFile(path)
+    except (soundfile.LibsndfileError, TypeError):  # TypeError: .raw without a rate
+        return None
+    with file:
         rate, frames = file.samplerate, file.frames
         if frames >= UNKNOWN_LENGTH:
-            raise ValueError("the header does not say how long it is")
+            return None
         first, last = _bounds(frames, rate, start, end, path)
-        # Past here no other decoder is asked: it would return what is left of a damaged file as if it were whole.
+        # No other decoder is asked now: it would return what is left of a damaged file as if it were whole.
         try:
             # GSM in WAV cannot seek.
             skipped = file.seek(first) if file.seekable() else 0
@@ -171,14 +154,27 @@ def _missing_bytes(path: str) -> int:
     return short if head[:4] == b"RIFF" and promised < 0x7FFF0000 and short > 4096 else 0
 
 
-def _decode_pyav(path: str, start: float, end: float | None) -> tuple[np.ndarray, int]:
-    samples, rate = _whole_pyav(path, os.stat(path).st_mtime_ns)
-    return _cut(samples, rate, start, end, path), rate
+def _decode_other(path: str, start: float, end: float | None) -> tuple[np.ndarray, int]:
+    samples, rate = _decode_whole(path, os.stat(path).st_mtime_ns)
+    first, last = _bounds(len(samples), rate, start, end, path)
+    return samples[first:last], rate
 
 
 # The segments of one long call follow each other in a corpus: it is decoded once, not once per segment.
 @functools.lru_cache(maxsize=1)
-def _whole_pyav(path: str, _modified: int) -> tuple[np.ndarray, int]:
+def _decode_whole(path: str, _modified: int) -> tuple[np.ndarray, int]:
+    errors = []
+    for decoder in (_decode_pyav, _decode_sox):
+        try:
+            return decoder(path)
+        except AudioError:
+            raise
+        except Exception as error:  # libraries with their own exceptions for a file they cannot read
+            errors.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    raise AudioError("audio_unreadable", f"{path}: {'; '.join(errors)}")
+
+
+def _decode_pyav(path: str) -> tuple[np.ndarray, int]:
     import av  # a quarter second to import, and few corpora need it
 
     # A stranger's "audio" may be a playlist: it must not open addresses on the network.
@@ -197,20 +193,19 @@ def _whole_pyav(path: str, _modified: int) -> tuple[np.ndarray, int]:
     return samples, rate
 
 
-def _decode_sox(path: str, start: float, end: float | None) -> tuple[np.ndarray, int]:
+def _decode_sox(path: str) -> tuple[np.ndarray, int]:
     if not shutil.which("sox"):
         raise ValueError("sox is not installed")
     command = ["sox", "-V1", path, "-t", "wav", "-e", "float", "-b", "32", "-"]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode:
         raise ValueError(done.stderr.decode(errors="replace").strip() or "sox failed")
-    samples, rate = soundfile.read(io.BytesIO(done.stdout), dtype="float32", always_2d=True)
-    return _cut(samples, rate, start, end, path), rate
+    return soundfile.read(io.BytesIO(done.stdout), dtype="float32", always_2d=True)
 
 
-def _cut(samples: np.ndarray, rate: int, start: float, end: float | None, path: str) -> np.ndarray:
-    first, last = _bounds(len(samples), rate, start, end, path)
-    return samples[first:last]
+def _check_channel(channel: int | None, channels: int, path: str) -> None:
+    if channel is not None and not 0 <= channel < channels:
+        raise AudioError("channel_missing", f"channel {channel} of {channels} in {path}")
 
 
 def _bounds(frames: int, rate: int, start: float, end: float | None, path: str) -> tuple[int, int]:

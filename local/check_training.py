@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import soundfile
+import yaml
 
 from common import UserError, progress, read_jsonl, run, write_json
 
@@ -60,7 +61,10 @@ def check_keys(stage_confs: list[Path], model_dir: Path) -> dict[str, Any]:
     for path in stage_confs:
         if not path.is_file():
             raise UserError(f"{path} does not exist; give the stage's YAML", code=2)
-        layer = OmegaConf.to_container(OmegaConf.load(path))
+        try:
+            layer = OmegaConf.to_container(OmegaConf.load(path))
+        except yaml.YAMLError as error:
+            raise UserError(f"{path}: not YAML: {error}", code=2) from error
         for key in sorted(flat_keys(layer) - known):
             near = difflib.get_close_matches(key, known, 1, 0)
             raise UserError(f"{path}: nothing reads the key {key}; the nearest that is read is {near[0]}", code=2)

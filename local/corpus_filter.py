@@ -1,186 +1,230 @@
-"""Drop the rows of a corpus that are not fit for use, and say why: `filter` of prepare_training_data.py.
+"""Normalise a corpus and drop the rows that are not fit for use, with the reason: `filter` of prepare_training_data.py.
 
-The text is judged by the rules of conf/data_filter.yaml, the audio by its samples, and the row by what came
-before it and by the other sets (duplicates, leakage). Train alone is cut by limits on length, rate of speech and level.
+    rules = TextRules.load("conf/data_filter.yaml")
+    rules.normalise("你 好 ，ＡＢＣ")         # "你好，ABC"
+    rules.reason("[beep]")                   # ("annotation_error", "nothing but bracketed ...")
+
+The text is judged by the rules of that file, the audio by its samples, and the row by what came before it and by
+the other sets (duplicates, leakage). Train alone is cut by limits on length, rate of speech and level.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import contextlib
 import hashlib
 import logging
-from collections import Counter
-from collections.abc import Iterable
+import os
+import re
+import unicodedata
 from typing import Any
 
 import numpy as np
+import yaml
 
 import audio
 from common import UserError, progress
-from corpus import Entry, count_rows, read_rows
+from corpus import Entry, count_rows, read_rows, segment, unique
 from ledger import open_ledger, parallel
-from text_rules import TextRules, spoken_length
+from telephone.noise import rms_level
+
+CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff\U00020000-\U0003134f"
+WIDE = CJK + "\u3001\u3002，！？：；（）《》「」『』【】…"
+HAS_CJK = re.compile(f"[{CJK}]")
+# Mandarin keeps its full-width punctuation (the model writes it so); NFKC would make it ASCII.
+KEPT_WIDE = re.compile("([，！？：；（）…]+)")
+HALF_AFTER_CJK = re.compile(f"(?<=[{CJK}])\\s*([,!?;:])(?![0-9A-Za-z])")
+TO_WIDE = str.maketrans(",!?;:", "，！？；：")
+SPACE_IN_CJK = re.compile(f"(?<=[{WIDE}])\\s+(?=[{WIDE}])")
+CASES = {"keep": str, "lower": str.lower, "upper": str.upper}
+LIMITS = {  # name under train_only -> reason code, what is compared, its unit
+    "min_speech_length": ("too_short", "frames", "frames of 10 ms"),
+    "max_speech_length": ("too_long", "frames", "frames of 10 ms"),
+    "min_chars_per_second": ("chars_per_second", "rate", "characters a second"),
+    "max_chars_per_second": ("chars_per_second", "rate", "characters a second"),
+    "silence_dbov": ("silent", "level", "dBov"),
+    "max_clipped_ratio": ("clipped", "clipped", "of the samples at full scale"),
+}
+
+
+class TextRules:
+    """The text policy, the rules on text and the limits of conf/data_filter.yaml; ValueError for a bad one."""
+
+    def __init__(self, config: dict[str, Any]):
+        policy, train_only = config.get("text") or {}, config.get("train_only") or {}
+        unknown = config.keys() - {"text", "rules", "train_only"} | policy.keys() - {"case", "punctuation"}
+        unknown |= train_only.keys() - LIMITS.keys()
+        if unknown:
+            raise ValueError(f"nobody reads {', '.join(sorted(map(str, unknown)))}; correct the name")
+        self.case, self.punctuation = policy.get("case", "keep"), policy.get("punctuation", "keep")
+        if self.case not in CASES or self.punctuation not in ("keep", "remove"):
+            raise ValueError("text: case is keep, lower or upper; punctuation is keep or remove")
+        self.limits = {name: float(value) for name, value in train_only.items() if value is not None}
+        self.rules = []
+        for rule in config.get("rules") or []:
+            pattern = re.compile(rule["pattern"])
+            for verb in ("drop", "keep"):
+                for example in rule[f"{verb}s"]:
+                    if bool(pattern.search(clean(str(example)))) != (verb == "drop"):
+                        raise ValueError(f"the rule {rule['why']!r} does not {verb} {example!r}")
+            self.rules.append((rule["reason"], rule["why"], pattern))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> TextRules:
+        """Read a YAML file and run its examples; UserError, code 2, where it is not as it should be."""
+        try:
+            with open(path, encoding="utf-8") as file:
+                return cls(yaml.safe_load(file))
+        except FileNotFoundError as error:
+            raise UserError(f"{path} does not exist; --conf is such as conf/data_filter.yaml", code=2) from error
+        except (yaml.YAMLError, re.error, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not in the form of conf/data_filter.yaml: {error}", code=2) from error
+
+    def normalise(self, text: str) -> str:
+        """The text as it is trained on: `clean`, then the policy on case and punctuation."""
+        text = clean(text)
+        if self.punctuation == "remove":
+            text = re.sub(r"(?<=\w)['’](?=\w)", "\0", text)  # don't is one word
+            text = re.sub(r"[^\w\s\0]|_", " ", text).replace("\0", "'")
+            text = SPACE_IN_CJK.sub("", " ".join(text.split()))
+        return CASES[self.case](text)
+
+    def reason(self, text: str) -> tuple[str, str] | None:
+        """(reason code, why) of the first rule that a raw text breaks, or None; the policy must not hide a mark."""
+        text = clean(text)
+        return next(((reason, why) for reason, why, pattern in self.rules if pattern.search(text)), None)
+
+
+def clean(text: str) -> str:
+    """NFKC, half-width letters and digits, Mandarin punctuation full-width, no spaces between CJK characters."""
+    # Controls become spaces; format characters (zero-width, direction marks) are not there to the ear.
+    text = "".join(
+        " " if category == "Cc" else char
+        for char, category in ((char, unicodedata.category(char)) for char in text)
+        if category != "Cf"
+    )
+    if HAS_CJK.search(text):
+        parts = KEPT_WIDE.split(text)
+        parts[::2] = [unicodedata.normalize("NFKC", part) for part in parts[::2]]
+        text = HALF_AFTER_CJK.sub(lambda match: match[1].translate(TO_WIDE), "".join(parts))
+    else:
+        text = unicodedata.normalize("NFKC", text)
+    return SPACE_IN_CJK.sub("", " ".join(text.split()))
+
+
+def spoken_length(text: str) -> float:
+    """Characters as they take time: CJK characters and digits whole, other letters a third (15 are 5 syllables)."""
+    cjk = len(HAS_CJK.findall(text))
+    return cjk + sum(char.isdigit() for char in text) + (sum(char.isalpha() for char in text) - cjk) / 3
 
 
 def filter_corpus(args: argparse.Namespace) -> None:
     """Read a corpus, normalise its text, drop what breaks a rule and say why."""
     rules = TextRules.load(args.conf)
-    limits = {name: value for name, value in rules.train_only.items() if value is not None}
-    if args.max_speech_length is not None:
-        limits["max_speech_length"] = args.max_speech_length
-    if args.split != "train":
-        limits = {}
-        logging.info("%s is never cut by the train-only rules on length, rate of speech, level", args.split)
-    elif args.max_speech_percentile is not None:
-        limits["max_speech_length"] = _percentile_length(args.input, args.max_speech_percentile)
-    others = Against(args.against)
-    seen: dict[str, set] = {"key": set(), "audio": set()}
-    bands: Counter[bool | None] = Counter()
-    decode = not args.headers_only
-    entries = (_apply_text(entry, rules, args.filter_annotation_error) for entry in read_rows(args.input))
+    limits = train_limits(args, rules)
+    others, texts = read_others(args.against)
+    heard: set[str] = set()
+    shared_texts = narrow = 0
+    check_text = args.filter_annotation_error == "true"
+    entries = unique(_apply_text(entry, rules, check_text) for entry in read_rows(args.input))
     with open_ledger(args.output, args.max_reject_ratio) as ledger:
-        inspected = parallel(functools.partial(inspect, decode=decode), entries, args.num_workers)
+        inspected = parallel(inspect, entries, args.num_workers)
         for entry, facts in progress(inspected, count_rows(args.input), f"filter {args.split}"):
-            entry = _first_problem(entry, facts, seen, others, limits)
             if entry.row is None:
                 ledger.reject(entry.given, entry.reason, entry.detail)
-                continue
-            bands[facts["narrow"]] += 1
-            measured = {"seconds": round(facts["seconds"], 3), "audio_hash": facts["hash"]}
-            ledger.keep(entry.row | {name: value for name, value in measured.items() if value is not None})
-    _warn_of_band(bands, args.expect_band)
-    others.report()
+            elif problem := find_problem(entry.row, facts, heard, others, limits):
+                ledger.reject(entry.given, *problem)
+            else:
+                heard.add(facts["hash"])
+                narrow += facts["narrow"]
+                shared_texts += hash(entry.row["target"]) in texts
+                ledger.keep(entry.row | {"seconds": round(facts["seconds"], 3), "audio_hash": facts["hash"]})
+    if args.against:  # no reason to drop a row: everybody says 好的
+        logging.info("%d rows share their text with %s (kept)", shared_texts, ", ".join(args.against))
+    wrong = {"wideband": narrow, "telephone": ledger.kept - narrow, None: 0}[args.expect_band]
+    if wrong:
+        message = "%d of %d rows offered as %s are not, by their energy above 4 kHz"
+        logging.warning(message, wrong, ledger.kept, args.expect_band)
 
 
-def _apply_text(entry: Entry, rules: TextRules, filter_annotation_error: bool) -> Entry:
+def train_limits(args: argparse.Namespace, rules: TextRules) -> dict[str, float]:
+    """The limits that the command line and the rules set on a train set; none for dev and test."""
+    if args.split != "train":
+        logging.info("%s is never cut by the train-only rules on length, rate of speech, level", args.split)
+        return {}
+    longest: float | None = args.max_speech_length
+    if args.max_speech_percentile is not None:
+        frames = []
+        for entry in progress(read_rows(args.input), count_rows(args.input), "lengths"):
+            with contextlib.suppress(audio.AudioError):
+                if entry.row:
+                    samples, rate, _ = audio.length(entry.row["source"], **segment(entry.row))
+                    frames.append(samples * 100 // rate)
+        if not frames:
+            raise UserError(f"{args.input}: no row has audio that can be read, so there is no --max_speech_percentile")
+        longest = float(np.percentile(frames, args.max_speech_percentile))
+        logging.info("max_speech_length is %.0f frames, from %d rows", longest, len(frames))
+    return rules.limits if longest is None else rules.limits | {"max_speech_length": longest}
+
+
+def read_others(paths: list[str]) -> tuple[dict[tuple[str, str], str], set[int]]:
+    """What other sets hold: the set that each audio, call and speaker is in, and the hashes of all texts."""
+    owners: dict[tuple[str, str], str] = {}
+    texts = set()
+    for path in paths:
+        for entry in read_rows(path):
+            if entry.row is None:
+                raise UserError(f"{path}: {entry.detail}; --against takes the output of `filter`")
+            for identity in _identities(entry.row, entry.given.get("audio_hash")):
+                owners.setdefault(identity, path)
+            texts.add(hash(entry.row["target"]))
+    return owners, texts
+
+
+def _identities(row: dict[str, Any], audio_hash: str | None) -> list[tuple[str, str]]:
+    pairs = [("audio", row["source"]), ("audio", audio_hash)] + [(what, row.get(what)) for what in ("call", "speaker")]
+    return [(what, value) for what, value in pairs if value]
+
+
+def _apply_text(entry: Entry, rules: TextRules, check: bool) -> Entry:
     if entry.row is None:
         return entry
     raw = entry.row["target"]
-    broken = rules.reason(raw) if filter_annotation_error else None
-    if broken:
+    if check and (broken := rules.reason(raw)):
         return Entry(entry.given, None, broken[0], f"{broken[1]}: {raw[:100]!r}")
     return Entry(entry.given, {"raw_target": raw} | entry.row | {"target": rules.normalise(raw)})
 
 
-def inspect(entry: Entry, decode: bool) -> tuple[Entry, dict[str, Any]]:
-    """Measure one utterance's audio (in a worker); without `decode` only its length, from the header."""
+def inspect(entry: Entry) -> tuple[Entry, dict[str, Any]]:
+    """Measure one utterance's audio (in a worker): seconds, level in dBov, share clipped, band, a hash."""
     if entry.row is None:
         return entry, {}
-    segment = [entry.row.get(name) for name in ("channel", "start", "end")]
-    facts: dict[str, Any] = {"hash": None, "narrow": None}
     try:
-        if not decode:
-            samples, rate, _ = audio.length(entry.row["source"], *segment)
-            return entry, facts | {"seconds": samples / rate}
-        x, rate = audio.read(entry.row["source"], *segment)
+        x, rate = audio.read(entry.row["source"], **segment(entry.row))
     except audio.AudioError as error:
         return Entry(entry.given, None, error.reason, str(error)), {}
-    facts |= {"seconds": len(x) / rate, "hash": hashlib.sha256(x.tobytes()).hexdigest()[:16]}
-    facts["level"] = 20 * np.log10(max(np.sqrt(np.mean(np.square(x, dtype=np.float64))), 1e-10))
-    facts["clipped"] = float(np.mean(np.abs(x) >= 0.98))  # full scale of mu-law is 0.9803, of A-law 0.984
-    facts["narrow"] = audio.is_narrow_band(x, rate)
-    return entry, facts
+    return entry, {
+        "seconds": len(x) / rate,
+        "frames": len(x) * 100 // rate,
+        "rate": spoken_length(entry.row["target"]) * rate / len(x),
+        "level": rms_level(x.astype(np.float64)),
+        "clipped": float(np.mean(np.abs(x) >= 0.98)),  # full scale of mu-law is 0.9803, of A-law 0.984
+        "narrow": audio.is_narrow_band(x, rate),
+        "hash": hashlib.sha256(x.tobytes()).hexdigest()[:16],
+    }
 
 
-def _first_problem(
-    entry: Entry, facts: dict[str, Any], seen: dict[str, set], others: Against, limits: dict[str, float]
-) -> Entry:
-    """The entry itself, or the reject that earlier rows, other sets or a train-only limit make of it."""
-    row = entry.row
-    if row is None:
-        return entry
-    audios = {"|".join(str(row.get(name)) for name in ("source", "channel", "start", "end")), facts["hash"]} - {None}
-    problem = None
-    if row["key"] in seen["key"]:
-        problem = "duplicate_key", f"{row['key']!r:.100} was there before"
-    elif audios & seen["audio"]:
-        problem = "duplicate_audio", f"the same audio came before under another key: {row['source']}"
-    else:
-        seen["key"].add(row["key"])
-        problem = others.leak(row, facts["hash"]) or _train_only_problem(row, facts, limits)
-    if problem:
-        return Entry(entry.given, None, *problem)
-    seen["audio"] |= audios
-    return entry
-
-
-def _train_only_problem(row: dict[str, Any], facts: dict[str, Any], limits: dict[str, float]) -> tuple[str, str] | None:
-    frames = int(facts["seconds"] * 100)
-    rate = spoken_length(row["target"]) / facts["seconds"]
-    checks = (
-        ("too_short", frames, "min_speech_length", "frames of 10 ms"),
-        ("too_long", frames, "max_speech_length", "frames of 10 ms"),
-        ("chars_per_second", rate, "min_chars_per_second", "characters a second"),
-        ("chars_per_second", rate, "max_chars_per_second", "characters a second"),
-        ("silent", facts.get("level"), "silence_dbov", "dBov"),
-        ("clipped", facts.get("clipped"), "max_clipped_ratio", "of the samples at full scale"),
-    )
-    for reason, value, name, unit in checks:
-        limit = limits.get(name)
-        if limit is None or value is None:
-            continue
-        if (value > limit) if name.startswith("max") else (value < limit):
+def find_problem(
+    row: dict[str, Any], facts: dict[str, Any], heard: set[str], others: dict, limits: dict[str, float]
+) -> tuple[str, str] | None:
+    """Reason and detail of what earlier audio, other sets or a limit have against a row, or None."""
+    if facts["hash"] in heard:
+        return "duplicate_audio", f"the same audio came before under another key: {row['source']}"
+    for what, value in _identities(row, facts["hash"]):
+        if (what, value) in others:
+            return "leakage", f"{what} {value!r:.150} is in {others[what, value]} too"
+    for name, (reason, what, unit) in LIMITS.items():
+        value, limit = facts[what], limits.get(name)
+        if limit is not None and (value > limit if name.startswith("max") else value < limit):
             return reason, f"{value:.6g} {unit}, {name} is {limit:g}"
     return None
-
-
-class Against:
-    """What other sets hold: a row that shares audio, a call or a speaker with them leaks; text alone may be shared."""
-
-    def __init__(self, paths: Iterable[str]):
-        self.known: dict[str, dict[str, str]] = {"audio": {}, "call": {}, "speaker": {}}
-        self.texts: set[int] = set()
-        self.paths = list(paths)
-        self.shared_texts = self.rows = 0
-        for path in self.paths:
-            for entry in read_rows(path):
-                if entry.row is None:
-                    raise UserError(f"{path}: {entry.detail}; --against takes the output of `filter`")
-                for what, value in self._identities(entry.row, entry.given.get("audio_hash")):
-                    self.known[what].setdefault(value, path)
-                self.texts.add(hash(entry.row["target"]))
-
-    @staticmethod
-    def _identities(row: dict[str, Any], audio_hash: str | None) -> list[tuple[str, str]]:
-        pairs = [("audio", row["source"]), ("audio", audio_hash)]
-        pairs += [(what, row.get(what)) for what in ("call", "speaker")]
-        return [(what, value) for what, value in pairs if value]
-
-    def leak(self, row: dict[str, Any], audio_hash: str | None) -> tuple[str, str] | None:
-        """The reject reason of a row that the other sets must not share with this one."""
-        for what, value in self._identities(row, audio_hash):
-            if value in self.known[what]:
-                return "leakage", f"{what} {value!r:.150} is in {self.known[what][value]} too"
-        self.rows += 1
-        self.shared_texts += hash(row["target"]) in self.texts
-        return None
-
-    def report(self) -> None:
-        """Say how much text is shared, which is no reason to drop a row: everybody says 好的."""
-        if self.paths:
-            names = ", ".join(self.paths)
-            logging.info("%d of %d rows share their text with %s (kept)", self.shared_texts, self.rows, names)
-
-
-def _percentile_length(path: str, percentile: float) -> float:
-    frames = []
-    for entry in progress(read_rows(path), count_rows(path), "lengths"):
-        entry, facts = inspect(entry, decode=False)
-        if entry.row is not None:
-            frames.append(int(facts["seconds"] * 100))
-    if not frames:
-        raise UserError(f"{path}: no row has audio that can be read, so there is no --max_speech_percentile")
-    limit = float(np.percentile(np.array(frames), percentile))
-    logging.info("max_speech_length %.0f frames: percentile %g of %d rows", limit, percentile, len(frames))
-    return limit
-
-
-def _warn_of_band(bands: Counter, expected: str | None) -> None:
-    measured = bands[True] + bands[False]
-    if measured:
-        logging.info("%d of %d rows have nothing above 4 kHz (telephone band)", bands[True], measured)
-    if expected == "wideband" and bands[True]:
-        logging.warning("%d of %d rows offered as wideband are telephone audio by spectrum", bands[True], measured)
-    if expected == "telephone" and bands[False]:
-        logging.warning("%d of %d rows offered as telephone have energy above 4 kHz", bands[False], measured)

@@ -17,15 +17,15 @@ import heapq
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import audio
 from common import UserError, atomic_write, file_hash, progress, read_jsonl, run, write_jsonl
-from corpus import Entry, count_rows, group_rows, hash_share, read_rows
+from corpus import Entry, count_rows, group_rows, hash_share, read_rows, segment, unique
 from corpus_filter import filter_corpus
-from ledger import Resume, batches, is_older, open_ledger, parallel
+from ledger import batches, open_ledger, parallel
 from stage0_report import stats, validate
 from telephone.resample import resample
 
@@ -36,12 +36,9 @@ CARRIED = ("channel", "raw_target", "speaker", "call", "corpus", "language", "wi
 def split(args: argparse.Namespace) -> None:
     """Cut a dev set in two halves that share no call, no speaker and no recording."""
     rows = list(read_jsonl(args.input))
-    groups = group_rows(rows, ("call", "speaker") if args.by == "auto" else (args.by,))
+    groups = group_rows(rows, ("call", "speaker"))
     if len(groups) < 2:
-        raise UserError(
-            f"{args.input}: all {len(rows)} rows hang together by {args.by} (auto: call and speaker), "
-            "so they cannot be cut in two; give a test set of its own, or another --by"
-        )
+        raise UserError(f"{args.input}: all rows hang together by call or speaker; give a test set of its own")
     halves: tuple[list[int], list[int]] = ([], [])
     # The largest first, each to the smaller half; ties by a hash, so that no order of the file matters.
     for group in sorted(groups, key=lambda group: (-len(group), min(hash_share(rows[i]["key"]) for i in group))):
@@ -65,13 +62,18 @@ def convert(args: argparse.Namespace) -> None:
     folder = Path(args.output_audio_dir or Path(args.output).parent / "audio")
     # Train and dev of one corpus share the folder, and a stranger's keys may repeat between them.
     folder /= Path(args.output).stem.removesuffix("_formatted")
-    resume = Resume(folder, f"{file_hash(args.input)} {args.output_fs} {args.do_upsample}")
+    for stale in folder.glob(".*.tmp"):
+        stale.unlink(missing_ok=True)
+    # Audio newer than the marker of a killed run with the same input and settings is finished.
+    marker, fingerprint = folder / ".unfinished", f"{file_hash(args.input)} {args.output_fs} {args.do_upsample}"
+    if not marker.exists() or marker.read_text() != fingerprint:
+        with atomic_write(marker) as file:
+            file.write(fingerprint)
+    settings = {"folder": folder, "fs": args.output_fs, "upsample": args.do_upsample, "since": marker.stat().st_mtime}
+    work = functools.partial(to_training_audio, **settings)
     count = text_lengths(args.tokenizer)
-    work = functools.partial(
-        to_training_audio, folder=folder, fs=args.output_fs, upsample=args.do_upsample, since=resume.since
-    )
     with open_ledger(args.output, args.max_reject_ratio) as ledger:
-        done = parallel(work, _unique(read_rows(args.input)), args.num_workers, args.dask_scheduler)
+        done = parallel(work, unique(read_rows(args.input)), args.num_workers, args.dask_scheduler)
         for batch in batches(progress(done, count_rows(args.input), "convert"), 1000):
             rows = [entry.row for entry in batch if entry.row]
             for entry in batch:
@@ -79,18 +81,7 @@ def convert(args: argparse.Namespace) -> None:
                     ledger.reject(entry.given, entry.reason, entry.detail)
             for row, tokens in zip(rows, count([row["target"] for row in rows]), strict=True):
                 ledger.keep(format_row(row, tokens, args.text_style))
-    resume.finish()
-
-
-def _unique(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """Reject a repeated key before any worker would write the same file for it."""
-    seen: set[str] = set()
-    for entry in entries:
-        if entry.row and entry.row["key"] in seen:
-            entry = Entry(entry.given, None, "duplicate_key", f"{entry.row['key']!r:.100} was there before")
-        elif entry.row:
-            seen.add(entry.row["key"])
-        yield entry
+    marker.unlink()
 
 
 def to_training_audio(entry: Entry, folder: Path, fs: int, upsample: bool, since: float) -> Entry:
@@ -98,24 +89,23 @@ def to_training_audio(entry: Entry, folder: Path, fs: int, upsample: bool, since
     row = entry.row
     if row is None:
         return entry
-    # A simulated row's channel is a record of what was done to it, not a number.
-    segment = {name: row[name] for name in ("channel", "start", "end") if isinstance(row.get(name), (int, float))}
+    cut = segment(row)
     try:
-        samples, rate, plain = audio.length(row["source"], **segment)
+        samples, rate, plain = audio.length(row["source"], **cut)
         if rate < fs and not upsample:
             raise audio.AudioError("sampling_rate", f"{rate} Hz, {fs} wanted; --do_upsample raises it: {row['source']}")
         path = row["source"]
         if not plain or rate != fs or "<|" in path:  # "<|" would end the prompt's audio token
             path = os.path.abspath(folder / audio.file_name(row["key"]))
-            if is_older(path, max(since, os.stat(row["source"]).st_mtime)):
-                x, rate = audio.read(row["source"], **segment)
+            if not os.path.exists(path) or os.stat(path).st_mtime < max(since, os.stat(row["source"]).st_mtime):
+                x, rate = audio.read(row["source"], **cut)
                 audio.write(path, resample(x, rate, fs), fs)
             samples = audio.length(path).samples
     except audio.AudioError as error:
         return Entry(entry.given, None, error.reason, str(error))
     if samples * 100 // fs < 1:
         return Entry(entry.given, None, "too_short", f"{samples} samples at {fs} Hz are no 10 ms")
-    kept = {name: value for name, value in row.items() if name not in segment}
+    kept = {name: value for name, value in row.items() if name not in cut}
     return Entry(entry.given, kept | {"source": path, "speech_length": samples * 100 // fs})
 
 
@@ -135,14 +125,13 @@ def text_lengths(folder: str | None) -> Callable[[list[str]], list[int]]:
     if not folder:
         logging.warning("no --tokenizer: text_length counts characters, not the model's tokens")
         return lambda texts: [len(text) for text in texts]
-    if not os.path.isdir(folder):
-        raise UserError(f"{folder} does not exist; --tokenizer is the LLM's folder, as MODEL_DIR/Qwen3-0.6B", code=2)
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} holds no tokenizer that transformers can read: {error}", code=2) from error
+        message = f"--tokenizer {folder} is not the LLM's folder, such as MODEL_DIR/Qwen3-0.6B: {error}"
+        raise UserError(message, code=2) from error
     return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
 
 
@@ -150,11 +139,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     cores = len(os.sched_getaffinity(0))
-
-    def boolean(text: str) -> bool:
-        if text.lower() not in ("true", "false"):
-            raise argparse.ArgumentTypeError("true or false")
-        return text.lower() == "true"
 
     def ratio(text: str) -> float:
         if not 0 <= float(text) <= 1:
@@ -167,12 +151,12 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--conf", default="conf/data_filter.yaml", help="Rules on text and audio.")
     add("--split", default="train", choices=("train", "dev", "test"), help="Only train is cut by the train_only rules.")
     add("--max_reject_ratio", type=ratio, default=0.5, help="Exit 1 when a larger share of the rows is rejected.")
-    add("--filter_annotation_error", type=boolean, default=True, help="Whether the rules on text drop rows.")
+    add("--filter_annotation_error", type=str.lower, choices=("true", "false"), default="true",
+        help="Whether the rules on text drop rows.")
     add("--max_speech_length", type=int, help="Frames of 10 ms; overrides --conf.")
     add("--max_speech_percentile", type=float, help="Fit the longest length allowed to this percentile of the corpus.")
     add("--against", nargs="*", default=[], help="Rows of other sets: what shares audio, call or speaker is dropped.")
     add("--expect_band", choices=("wideband", "telephone"), help="Warn of rows whose spectrum says otherwise.")
-    add("--headers_only", action="store_true", help="Do not decode: no checks of level, clipping, band, equal audio.")
     add("--num_workers", type=int, default=cores, help="Worker processes.")
 
     add = commands.add_parser("convert", help="Write rows and audio in the form training reads.").add_argument
@@ -191,7 +175,6 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--input", required=True, help="JSONL of filtered rows.")
     add("--dev", required=True, help="JSONL of the first half.")
     add("--test", required=True, help="JSONL of the second half.")
-    add("--by", default="auto", choices=("auto", "call", "speaker", "key"), help="What the halves must not share.")
 
     add = commands.add_parser("sample", help="Write some rows of a corpus, chosen by a hash.").add_argument
     add("--input", required=True, help="JSONL file or Kaldi data directory.")
@@ -204,8 +187,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--fs", type=int, default=16000, help="Sampling rate in Hz that the audio must have.")
 
     add = commands.add_parser("stats", help="Write the completion report of stage 0.").add_argument
-    add("--data_dir", required=True, help="Folder with <corpus>/<split>_formatted.jsonl and rejected_<split>.jsonl.")
-    add("--output", help="The report (default: STAGE0_COMPLETION_REPORT.md in --data_dir); pictures go beside it.")
+    add("--data_dir", required=True, help="Folder with <corpus>/<split>_formatted.jsonl; the report is written there.")
     add("--source", nargs="*", default=[], metavar="CORPUS/SPLIT[,SPLIT]=PATH",
         help="Count this input again; exit 1 when a row of it is neither valid nor rejected.")
     add("--estimate", nargs="*", default=[], metavar="CORPUS/SPLIT[,SPLIT]=PATH",
