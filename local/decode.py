@@ -14,20 +14,24 @@ import argparse
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import shlex
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+import audio
 from common import UserError, file_hash, progress, read_jsonl, run, write_json, write_jsonl
+from nano import weights
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+SPEECH = re.compile(r"(.*)<\|startofspeech\|>!(.*)<\|endofspeech\|>", re.DOTALL)
 
 
 def get_args() -> argparse.Namespace:
@@ -43,6 +47,152 @@ def get_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class Recogniser:
+    """A Fun-ASR-Nano model ready to decode; `load` exchanges its weights."""
+
+    def __init__(self, model_dir: str | os.PathLike, device: str, dtype: str = "auto", frontend_fs: int = 16000):
+        from funasr import AutoModel  # seconds to import
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = ("bf16" if device.startswith("cuda") else "fp32") if dtype == "auto" else dtype
+        self.frontend_fs = frontend_fs
+        self.auto_model = AutoModel(
+            model=str(model_dir), device=device, disable_update=True, ncpu=torch.get_num_threads(),
+            ctc_decoder=None,  # time stamps; with them FunASR decodes one utterance at a time, and needs torchaudio
+            frontend_conf={"fs": frontend_fs, "dither": 0.0},  # FunASR's default dither makes transcripts random
+            llm_conf={"llm_dtype": self.dtype},
+        )
+        self.device = self.auto_model.kwargs["device"]
+
+    def load(self, checkpoint: str | os.PathLike) -> None:
+        """Exchange the weights, LoRA folded; refuse a checkpoint that would leave a tensor as it was."""
+        state, model = weights.load_folded(checkpoint), self.auto_model.model
+        if wrong := sum(weights.misfits(model, state), []):
+            raise UserError(f"{checkpoint} does not fit the model folder: {len(wrong)} tensors, first {wrong[0]}")
+        model.load_state_dict(state, strict=False)
+
+    @torch.inference_mode()
+    def transcribe(
+        self, rows: Sequence[dict[str, Any]], max_new_tokens: int = 512, max_tokens_per_second: float = 15.0
+    ) -> list[str]:
+        """Transcribe formatted rows as one batch, greedily, each with the prompt of its own row.
+
+        A hypothesis is cut at `max_tokens_per_second` of the longest utterance: nobody speaks faster, and one
+        repetition loop would otherwise hold up its whole batch until `max_new_tokens`.
+        """
+        seconds = max(row["speech_length"] for row in rows) / 100
+        options = {
+            **self.auto_model.kwargs, "llm_dtype": self.dtype, "llm_kwargs": {"do_sample": False, "num_beams": 1},
+            "max_length": min(max_new_tokens, 16 + math.ceil(max_tokens_per_second * seconds)),
+        }
+        messages, keys = [self._messages(row) for row in rows], [row["key"] for row in rows]
+        results, _ = self.auto_model.model.inference_llm(messages, key=keys, **options)
+        return [result["text"] for result in results]
+
+    def _messages(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        contents, prompt, path = parse_row(row)
+        try:
+            samples, rate = audio.read(path)
+        except audio.AudioError as error:
+            raise UserError(f"{row['key']}: {error}; run stage 0 again") from error
+        if rate != self.frontend_fs:
+            # FunASR would resample without a word, with another filter than training data had.
+            raise UserError(f"{row['key']}: {path} is at {rate} Hz, the frontend at {self.frontend_fs} Hz; see stage 0")
+        user = f"{prompt}<|startofspeech|>!!<|endofspeech|>"
+        return [
+            {"role": "system", "content": contents.get("system", "You are a helpful assistant.")},
+            {"role": "user", "content": user, "audio": torch.from_numpy(samples)},
+            {"role": "assistant", "content": "null"},
+        ]
+
+
+def parse_row(row: dict[str, Any]) -> tuple[dict[str, str], str, str]:
+    """The messages of a formatted row by role, the prompt in that of the user, and the audio path."""
+    contents = {message["role"]: message["content"] for message in row.get("messages", [])}
+    match = SPEECH.fullmatch(contents.get("user", ""))
+    if match is None:
+        raise UserError(f"{row.get('key')}: no user message with <|startofspeech|>!PATH<|endofspeech|>; see stage 0")
+    return contents, match[1], match[2]
+
+
+def batches(rows: Sequence[dict[str, Any]], size: int, seconds: float) -> Iterator[list[dict[str, Any]]]:
+    """Sort rows by length, longest first so that memory runs out at once or never, and cut them into batches.
+
+    A batch has at most `size` rows and `seconds` of padded audio. It depends on nothing but the rows: padding
+    changes the last bits of a score, so an interrupted run must meet the same batches again.
+    """
+    batch: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda row: (-row["speech_length"], row["key"])):
+        # The first is the longest, in frames of 10 ms.
+        if batch and (len(batch) == size or batch[0]["speech_length"] * (len(batch) + 1) > 100 * seconds):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+class PartFile:
+    """Finished rows of an unfinished output, appended as they come; a torn last line is cut off on opening."""
+
+    def __init__(self, path: Path, fingerprint: str):
+        header = (json.dumps({"fingerprint": fingerprint}) + "\n").encode()
+        old = path.read_bytes() if path.is_file() else b""
+        whole = old[: old.rfind(b"\n") + 1] if old.startswith(header) else header
+        self.rows = {row["key"]: row for row in map(json.loads, whole.splitlines()[1:])}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "wb")  # noqa: SIM115 -- closed by close()
+        self.file.write(whole)
+
+    def append(self, row: dict[str, Any]) -> None:
+        self.rows[row["key"]] = row
+        self.file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def transcript(row: dict[str, Any], hypothesis: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """One row of the output for a formatted row and what the model heard."""
+    contents, _, path = parse_row(row)
+    return {
+        "key": row["key"], "hyp": hypothesis, "ref": contents.get("assistant", ""),
+        "seconds": row["speech_length"] / 100, "model": settings["model"], "test_set": settings["test_set"],
+        "condition": row.get("channel"), "speaker": row.get("speaker"), "call": row.get("call"),
+        "corpus": row.get("corpus"), "audio": path,
+    }
+
+
+def decode_test_set(
+    recogniser: Recogniser, rows: list[dict[str, Any]], output: Path, settings: dict[str, Any], fingerprint: str
+) -> None:
+    """Decode one test set with the weights loaded and write transcripts and run record, in this order."""
+    conf, part = settings["conf"], PartFile(output.with_suffix(".part"), fingerprint)
+    todo = list(batches(rows, conf["batch_size"], conf["batch_seconds"]))
+    for batch in progress(todo, len(todo), f"{settings['model']} {settings['test_set']}, batches"):
+        # A batch is decoded whole even when some of it is there: its padding must be that of an uninterrupted run.
+        if any(row["key"] not in part.rows for row in batch):
+            texts = recogniser.transcribe(batch, conf["max_new_tokens"], conf["max_tokens_per_second"])
+            for row, text in zip(batch, texts, strict=True):
+                part.append(transcript(row, text, settings))
+    part.close()
+    write_jsonl(output, (part.rows[row["key"]] for row in rows))
+    write_json(output.with_suffix(".run.json"), {
+        "fingerprint": fingerprint, **settings, "device": recogniser.device, "dtype": recogniser.dtype,
+        "utterances": len(rows), "command": shlex.join(["python", *sys.argv]),
+    })
+    output.with_suffix(".part").unlink()
+    logging.info("%s: %d utterances", output, len(rows))
+
+
+def is_current(output: Path, fingerprint: str) -> bool:
+    """Whether a transcript is there and was made of the same weights, data and settings."""
+    record = output.with_suffix(".run.json")
+    return output.is_file() and record.is_file() and json.loads(record.read_text("utf-8"))["fingerprint"] == fingerprint
+
+
 def named(pairs: list[str], what: str) -> dict[str, str]:
     """Split NAME=VALUE arguments; names become file names, with a dot between model and test set."""
     result: dict[str, str] = {}
@@ -54,140 +204,50 @@ def named(pairs: list[str], what: str) -> dict[str, str]:
     return result
 
 
-def transcript(row: dict[str, Any], hypothesis: str, model: str, test_set: str) -> dict[str, Any]:
-    """One row of the output for a formatted row and what the model heard."""
-    from nano.inference import parse_row
-
-    reference = next((m["content"] for m in row["messages"] if m["role"] == "assistant"), "")
-    return {
-        "key": row["key"], "hyp": hypothesis, "ref": reference, "seconds": row["speech_length"] / 100,
-        "model": model, "test_set": test_set, "condition": row.get("channel"), "speaker": row.get("speaker"),
-        "call": row.get("call"), "corpus": row.get("corpus"), "audio": parse_row(row)[2],
-    }
-
-
-class PartFile:
-    """Finished rows of an unfinished output, appended as they come; a torn last line is cut off on opening."""
-
-    def __init__(self, path: Path, fingerprint: str):
-        self.rows: dict[str, dict[str, Any]] = {}
-        whole = 0
-        if path.is_file():
-            with open(path, "rb") as file:
-                lines = file.read().splitlines(keepends=True)
-            if lines and lines[0] == self._header(fingerprint):
-                whole = len(lines[0])
-                for line in lines[1:]:
-                    if not line.endswith(b"\n"):
-                        break
-                    row = json.loads(line)
-                    self.rows[row["key"]] = row
-                    whole += len(line)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "r+b" if whole else "wb")  # noqa: SIM115 -- closed by close()
-        self.file.truncate(whole)
-        self.file.seek(whole)
-        if not whole:
-            self.file.write(self._header(fingerprint))
-
-    def append(self, row: dict[str, Any]) -> None:
-        self.rows[row["key"]] = row
-        self.file.write((json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8"))
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-
-    @staticmethod
-    def _header(fingerprint: str) -> bytes:
-        return (json.dumps({"fingerprint": fingerprint}) + "\n").encode("utf-8")
-
-
-def decode(recogniser, rows: list[dict[str, Any]], part: PartFile, settings: dict[str, Any]) -> Iterator[str]:
-    """Decode the rows that `part` lacks and append them to it; yield each key, those found there included."""
-    from nano.inference import batches
-
-    conf = settings["conf"]
-    for batch in batches(rows, conf["batch_size"], conf["batch_seconds"]):
-        # A batch is decoded whole even when some of it is there: its padding must be that of an uninterrupted run.
-        if any(row["key"] not in part.rows for row in batch):
-            texts = recogniser.transcribe(batch, conf["max_new_tokens"], conf["max_tokens_per_second"])
-            for row, text in zip(batch, texts, strict=True):
-                if row["key"] not in part.rows:
-                    part.append(transcript(row, text, settings["model"], settings["test_set"]))
-        yield from (row["key"] for row in batch)
-
-
-def is_current(output: Path, fingerprint: str) -> bool:
-    """Whether a transcript is there and was made of the same weights, data and settings."""
-    meta = output.with_suffix(".run.json")
-    return output.is_file() and meta.is_file() and json.loads(meta.read_text("utf-8"))["fingerprint"] == fingerprint
-
-
 def read_conf(path: str) -> dict[str, Any]:
     """The settings that decide what a transcript says."""
     names = ("device", "dtype", "batch_size", "batch_seconds", "max_new_tokens", "max_tokens_per_second")
     try:
-        with open(path, encoding="utf-8") as file:
-            conf = yaml.safe_load(file)
+        conf = yaml.safe_load(Path(path).read_text("utf-8"))
         return {name: conf[name] for name in names}
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{path}: {error}; want a YAML file with {', '.join(names)}", code=2) from error
 
 
-def decode_test_set(
-    recogniser, rows: list[dict[str, Any]], output: Path, settings: dict[str, Any], fingerprint: str
-) -> None:
-    """Decode one test set with the weights loaded and write transcripts and run record, in this order."""
-    started, part = time.monotonic(), PartFile(output.with_suffix(".part"), fingerprint)
-    title = f"{settings['model']} {settings['test_set']}"
-    for _ in progress(decode(recogniser, rows, part, settings), len(rows), title):
-        pass
-    part.close()
-    write_jsonl(output, (part.rows[row["key"]] for row in rows))
-    write_json(output.with_suffix(".run.json"), {
-        "fingerprint": fingerprint, **settings, "device": recogniser.device, "dtype": recogniser.dtype,
-        "utterances": len(rows), "audio_seconds": round(sum(row["speech_length"] for row in rows) / 100, 1),
-        "wall_seconds": round(time.monotonic() - started, 1), "command": shlex.join(["python", *sys.argv]),
-    })
-    output.with_suffix(".part").unlink()
-    logging.info("%s: %d utterances", output, len(rows))
+def read_test_set(path: str) -> list[dict[str, Any]]:
+    rows = list(read_jsonl(path))
+    if not rows:
+        raise UserError(f"{path} has no rows; run stage 0 again")
+    if len({row["key"] for row in rows}) < len(rows):
+        raise UserError(f"{path}: a key occurs twice; keys name the rows of a transcript")
+    return rows
 
 
 def main() -> None:
     args = get_args()
     checkpoints, test_sets = named(args.checkpoint, "--checkpoint"), named(args.test_set, "--test_set")
-    conf, sets, recogniser = read_conf(args.conf), {}, None
-    config = os.path.join(args.model_dir, "config.yaml")
-    if not os.path.isfile(config):
-        raise UserError(f"--model_dir {args.model_dir} is not a model folder: no config.yaml; see stage -1", code=2)
-    for name, path in test_sets.items():
-        sets[name] = list(read_jsonl(path))
-        if not sets[name]:
-            raise UserError(f"{path} has no rows; run stage 0 again")
-        if len({row["key"] for row in sets[name]}) < len(sets[name]):
-            raise UserError(f"{path}: a key occurs twice; keys name the rows of a transcript")
+    conf, model_dir, recogniser = read_conf(args.conf), Path(args.model_dir), None
+    if not (model_dir / "config.yaml").is_file():
+        raise UserError(f"--model_dir {model_dir} is not a model folder: no config.yaml; see stage -1", code=2)
+    checkpoints = {model: path or str(model_dir / "model.pt") for model, path in checkpoints.items()}
     for model, path in checkpoints.items():
-        checkpoints[model] = path or os.path.join(args.model_dir, "model.pt")
-        if not os.path.isfile(checkpoints[model]):
+        if not os.path.isfile(path):
             raise UserError(f"--checkpoint {model}: {path} does not exist; run the stage that writes it", code=2)
+    sets = {name: read_test_set(path) for name, path in test_sets.items()}
     for model, path in checkpoints.items():
-        weights_hash, loaded = file_hash(path), False
+        checkpoint_hash, loaded = file_hash(path), False
         for test_set, rows in sets.items():
             settings = {
-                "model": model, "test_set": test_set, "checkpoint": path, "checkpoint_hash": weights_hash,
+                "model": model, "test_set": test_set, "checkpoint": path, "checkpoint_hash": checkpoint_hash,
                 "data_hash": file_hash(test_sets[test_set]), "frontend_fs": args.frontend_fs, "conf": conf,
-                "config_hash": file_hash(config),
+                "config_hash": file_hash(model_dir / "config.yaml"),
             }
             fingerprint = hashlib.sha256(json.dumps({**settings, "checkpoint": ""}).encode()).hexdigest()[:16]
             output = Path(args.output_dir) / f"{model}.{test_set}.jsonl"
             if is_current(output, fingerprint):
                 logging.info("%s: up to date, %d utterances", output, len(rows))
                 continue
-            if recogniser is None:
-                from nano.inference import Recogniser
-
-                recogniser = Recogniser(args.model_dir, conf["device"], conf["dtype"], args.frontend_fs)
+            recogniser = recogniser or Recogniser(args.model_dir, conf["device"], conf["dtype"], args.frontend_fs)
             if not loaded:
                 recogniser.load(path)
                 loaded = True

@@ -38,7 +38,7 @@ def train_base(train: Path, dev: Path, extra: list[Path], output: Path, conf: li
         logging.info("%s is trained already: nothing to do", output)
         return
     from nano.miniature import build_folder  # FunASR takes seconds to import
-    from nano.trainer import save_atomically
+    from nano.weights import save_atomically
 
     work = output.with_name(output.name + ".training")
     state = work / "inputs.json"

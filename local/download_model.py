@@ -13,7 +13,6 @@ import argparse
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +21,8 @@ import torch
 import yaml
 
 from common import UserError, atomic_write, run, write_json
+from nano import weights
 
-CTC_PREFIXES = ("ctc_decoder.", "ctc.")
 HUBS = {"ModelScope": "https://www.modelscope.cn", "Hugging Face": "https://huggingface.co"}
 
 
@@ -32,9 +31,6 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="A folder, or an id on ModelScope or Hugging Face.")
     parser.add_argument("--output", type=Path, required=True, help="Folder for model_dir.txt and check.json.")
     return parser.parse_args()
-
-
-# --- find
 
 
 def find_model(model: str) -> Path:
@@ -93,7 +89,7 @@ def download(model: str) -> Path:
 
 
 def reachable(address: str) -> bool:
-    """Whether an address answers within seconds, through the proxy of the environment where there is one."""
+    """Whether an address answers within seconds."""
     import requests
 
     try:
@@ -101,9 +97,6 @@ def reachable(address: str) -> bool:
     except requests.RequestException:
         return False
     return True
-
-
-# --- check
 
 
 def check_model(folder: Path) -> dict[str, Any]:
@@ -115,34 +108,20 @@ def check_model(folder: Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: not a whole Fun-ASR-Nano folder; download it again")
     config = read_config(folder)
-    tokenizer = check_tokenizer(folder, Path(config["llm_conf"]["init_param_path"]))
-    from nano import weights
-
+    check_tokenizer(folder, Path(config["llm_conf"]["init_param_path"]))
     state, lora = weights.load(folder / "model.pt")
     if lora is not None:
         raise UserError(f"{folder}/model.pt holds LoRA tensors; fold them first (local/interpolate.py fold)")
     model = build_without_weights(folder, config)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    # A tied tensor (embedding and output layer) may be saved under either of its names.
-    saved = {id(tensor) for name, tensor in model.state_dict(keep_vars=True).items() if name in state}
-    missing = sorted(name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in saved)
-    ctc_missing = [name for name in missing if name.startswith(CTC_PREFIXES)]
-    missing = [name for name in missing if not name.startswith(CTC_PREFIXES)]
-    wrong = [name for name in wanted.keys() & state.keys() if wanted[name] != tuple(state[name].shape)]
-    for names, what in ((missing, "lacks"), (sorted(wrong), "has in another shape than config.yaml says")):
+    missing, misshapen = weights.misfits(model, state)
+    needed = [name for name in missing if not name.startswith(weights.CTC_PREFIXES)]
+    for names, what in ((needed, "lacks"), (misshapen, "has in another shape than config.yaml says")):
         if names:
             raise UserError(f"{folder}/model.pt {what} {len(names)} tensors, first {names[0]}; download it again")
-    parameters: Counter[str] = Counter()
-    for name, parameter in model.named_parameters():
-        parameters[name.split(".")[0]] += parameter.numel()
     return {
         "model_dir": str(folder),
-        "model": config["model"],
-        "ctc": bool(config.get("ctc_decoder")) and not ctc_missing,
-        "parameters": dict(sorted(parameters.items())),
-        "tensors": len(wanted),
-        "tensors_not_in_model": sorted(state.keys() - wanted.keys()),
-        "tokenizer": tokenizer,
+        "ctc": bool(config.get("ctc_decoder")) and missing == needed,
+        "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_children()},
     }
 
 
@@ -161,21 +140,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def check_tokenizer(folder: Path, llm_folder: Path) -> dict[str, Any]:
+def check_tokenizer(folder: Path, llm_folder: Path) -> None:
     """Load the LLM's tokenizer from inside the folder."""
     from transformers import AutoTokenizer
 
-    if not llm_folder.is_absolute():
+    if not llm_folder.is_absolute():  # FunASR makes it so where the folder is there
         raise UserError(f"{folder}: the LLM folder {llm_folder} (tokenizer, config.json) is not there, or "
                         "configuration.json does not name it under file_path_metas; download the model again")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(llm_folder, local_files_only=True)
+        AutoTokenizer.from_pretrained(llm_folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # by file missing or damaged
         raise UserError(f"{llm_folder}: the tokenizer does not load ({str(error).splitlines()[0][:160]}); "
                         "download the model again") from error
-    if not tokenizer("你好")["input_ids"]:
-        raise UserError(f"{llm_folder}: the tokenizer makes no tokens of 你好; download the model again")
-    return {"folder": str(llm_folder), "size": len(tokenizer)}
 
 
 def build_without_weights(folder: Path, config: dict[str, Any]) -> torch.nn.Module:
@@ -192,8 +168,7 @@ def build_without_weights(folder: Path, config: dict[str, Any]) -> torch.nn.Modu
     if model_class is None:
         raise UserError(f"{folder}/config.yaml: FunASR has no model {config['model']}; this recipe is for FunASRNano")
     frontend = tables.frontend_classes.get(config["frontend"])(**config.get("frontend_conf", {}))
-    arguments: dict[str, Any] = {}
-    deep_update(arguments, config.get("model_conf", {}))
+    arguments = dict(config.get("model_conf", {}))
     deep_update(arguments, {**config, "input_size": frontend.output_size(), "vocab_size": -1})
     with torch.device("meta"):
         return model_class(**arguments)
@@ -206,7 +181,7 @@ def main() -> None:
     with atomic_write(args.output / "model_dir.txt") as file:
         file.write(found["model_dir"] + "\n")
     millions = ", ".join(f"{name} {count / 1e6:.2f} M" for name, count in found["parameters"].items())
-    logging.info("%s: %d tensors, all there; %s", found["model_dir"], found["tensors"], millions)
+    logging.info("%s: every tensor is there; %s", found["model_dir"], millions)
     if not found["ctc"]:
         logging.warning("no CTC weights (the Hugging Face release has none): no time stamps, stage 2 trains CTC anew")
 

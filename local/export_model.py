@@ -15,7 +15,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -61,35 +60,27 @@ def get_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def leaves(value: Any) -> Iterator[str]:
-    """The strings in a nested JSON value."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, list):
-        for item in value:
-            yield from leaves(item)
-    elif isinstance(value, str):
-        yield value
+def named_files(paths: dict[str, Any]) -> set[str]:
+    """The files and folders that configuration.json names, at any depth."""
+    return set().union(*(named_files(path) if isinstance(path, dict) else {path} for path in paths.values()))
 
 
 def copy_configuration(source: Path, target: Path, frontend_fs: int) -> None:
     """Copy everything FunASR reads from a model folder except the weights, and note the frontend trained with."""
     try:
-        configuration = json.loads((source / "configuration.json").read_text("utf-8"))
+        names = named_files(json.loads((source / "configuration.json").read_text("utf-8"))["file_path_metas"])
         config = yaml.safe_load((source / "config.yaml").read_text("utf-8"))
-        named = set(leaves(configuration["file_path_metas"])) - {"model.pt", "config.yaml"}
     except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
         raise UserError(f"{source} is not a whole model folder ({error!r}); run stage -1 again") from error
-    for name in sorted(named | {path.name for path in source.glob("LICEN[CS]E*")}):
+    licences = {path.name for path in source.glob("LICEN[CS]E*")}
+    for name in sorted((names | licences | {"configuration.json"}) - {"model.pt", "config.yaml"}):
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name)
         elif (source / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source / name, target / name)
     # FunASR's default dither is noise in the features; training, decoding and scoring had none.
     config["frontend_conf"] |= {"fs": frontend_fs, "dither": 0.0}
     (target / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True, sort_keys=False), "utf-8")
-    shutil.copy2(source / "configuration.json", target / "configuration.json")
 
 
 def write_weights(model_dir: Path, checkpoint: Path, target: Path) -> None:
@@ -98,9 +89,9 @@ def write_weights(model_dir: Path, checkpoint: Path, target: Path) -> None:
     missing = sorted(source.keys() - state.keys())
     if missing:
         raise UserError(f"{checkpoint} lacks {len(missing)} tensors of {model_dir}/model.pt, first {missing[0]}")
-    state = {name: tensor.to(source[name].dtype) if name in source else tensor for name, tensor in state.items()}
     # clone: FunASR hands the LLM to vLLM as safetensors, which refuses tied tensors that share their memory.
-    torch.save({name: tensor.clone() for name, tensor in state.items()}, target / "model.pt")
+    state = {name: tensor.to(source.get(name, tensor).dtype).clone() for name, tensor in state.items()}
+    torch.save(state, target / "model.pt")
 
 
 def check_loads(folder: Path) -> None:
@@ -121,26 +112,24 @@ def model_card(args: argparse.Namespace, summary: list[dict[str, Any]]) -> str:
         f"Made {datetime.date.today()} from {args.model_dir}, funasr {version('funasr')}, torch {version('torch')}.",
         "Intended for Mandarin 8 kHz telephone calls upsampled to the frontend's rate; other use was not measured.",
         "", "## Scores on test sets (percent; intervals are 95 %)", "",
-        "| test set | model | utterances | CER | interval | WER | KWER | characters a minute of no speech |",
-        "|---|---|---|---|---|---|---|---|",
+        "| test set | model | utterances | CER | from | to | WER | KWER | characters a minute of no speech |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in summary:
         if row["model"] in ("base", "final"):
-            rates = (row[name] for name in ("cer", "cer_low", "cer_high", "wer", "kwer"))
-            cer, low, high, wer, kwer = ("-" if rate is None else f"{100 * rate:.2f}" for rate in rates)
-            silence = "-" if row["chars_per_minute"] is None else f"{row['chars_per_minute']:.1f}"
-            lines.append(f"| {row['test_set']} | {row['model']} | {row['utterances']} | {cer} | {low} to {high} "
-                         f"| {wer} | {kwer} | {silence} |")
+            rates = [row[name] for name in ("cer", "cer_low", "cer_high", "wer", "kwer")]
+            cells = ["-" if rate is None else f"{100 * rate:.2f}" for rate in rates]
+            cells.append("-" if row["chars_per_minute"] is None else f"{row['chars_per_minute']:.1f}")
+            lines.append(f"| {row['test_set']} | {row['model']} | {row['utterances']} | {' | '.join(cells)} |")
     lines += ["", "## How it was made", ""]
     choice = args.summary.parent / "interpolation.json"
     if choice.is_file():
         chosen = json.loads(choice.read_text("utf-8"))
-        share = chosen["alpha"]
-        lines.append(f"- {share:.2f} of the adapted model and {1 - share:.2f} of the base: {chosen['reason']}.")
-    for path in sorted(args.summary.parent.parent.glob("exp/*/*/run.json")):
+        lines.append(f"- {chosen['alpha']:.2f} of the adapted model, the rest of the base: {chosen['reason']}.")
+    for path in sorted(args.summary.parent.parent.glob("exp/*/*[a-z]/run.json")):
         record = json.loads(path.read_text("utf-8"))
-        lines.append(f"- {path.parent.name}: {record.get('rows_per_epoch')} rows per epoch, seed {record.get('seed')}, "
-                     f"commit {record.get('commit')}")
+        facts = ", ".join(f"{name} {record.get(name)}" for name in ("rows_per_epoch", "seed", "commit"))
+        lines.append(f"- {path.parent.name}: {facts}")
     lines += [
         f"- checkpoint {args.checkpoint.name}, sha256 {file_hash(args.checkpoint)}; frontend at {args.frontend_fs} Hz",
         "", "## Limits", "",
@@ -172,8 +161,7 @@ def main() -> None:
         part.rename(args.output)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    size = sum(path.stat().st_size for path in args.output.rglob("*") if path.is_file())
-    logging.info("%s: %.1f MB, loads with funasr %s", args.output, size / 1e6, version("funasr"))
+    logging.info("%s loads with funasr %s", args.output, version("funasr"))
 
 
 if __name__ == "__main__":

@@ -13,13 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import re
+from pathlib import Path
 from typing import Any
 
 from common import UserError, run, write_json
-
-TELEPHONE_DEV = ("simulated_dev", "real_dev")
-WIDEBAND_DEV = ("wideband_dev",)
 
 
 def get_args() -> argparse.Namespace:
@@ -42,7 +39,7 @@ def get_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def pooled_cer(rows: list[dict[str, Any]], model: str, test_sets: tuple[str, ...]) -> float | None:
+def pooled_cer(rows: list[dict[str, Any]], model: str, *test_sets: str) -> float | None:
     """CER of a model over several test sets at once, weighted by their characters; None without characters."""
     rows = [row for row in rows if row["model"] == model and row["test_set"] in test_sets]
     total = sum(row["characters"] for row in rows)
@@ -56,34 +53,30 @@ def choose_alpha(rows: list[dict[str, Any]], max_wideband_loss: float) -> dict[s
     When every alpha loses more, the one that loses least. Without wideband dev, telephone alone decides.
     Returns the choice, the reason, and the whole curve.
     """
-    names = sorted({row["model"] for row in rows if re.fullmatch(r"alpha_\d+(\.\d+)?", row["model"])})
     curve = [
         {
             "model": name, "alpha": float(name.removeprefix("alpha_")),
-            "telephone_cer": pooled_cer(rows, name, TELEPHONE_DEV),
-            "wideband_cer": pooled_cer(rows, name, WIDEBAND_DEV),
+            "telephone_cer": pooled_cer(rows, name, "simulated_dev", "real_dev"),
+            "wideband_cer": pooled_cer(rows, name, "wideband_dev"),
         }
-        for name in names
+        for name in {row["model"] for row in rows} if name.startswith("alpha_")
     ]
+    curve.sort(key=lambda point: point["alpha"])
     if not curve or any(point["telephone_cer"] is None for point in curve):
-        raise UserError(f"no telephone dev scores for {names or 'any model alpha_*'}; score simulated_dev or real_dev")
-    base = pooled_cer(rows, "base", WIDEBAND_DEV)
-    if base is None:
-        base = next((point["wideband_cer"] for point in curve if point["alpha"] == 0.0), None)
-    best = min(curve, key=lambda point: (point["telephone_cer"], point["alpha"]))
-    if base is None or any(point["wideband_cer"] is None for point in curve):
-        chosen, reason = best, "lowest telephone CER on dev; wideband dev was not scored"
-    else:
+        raise UserError("some model alpha_* or all of them lack telephone scores; score simulated_dev or real_dev")
+    base = pooled_cer(rows, "base", "wideband_dev")
+    allowed, reason = curve, "lowest telephone CER on dev; wideband dev was not scored"
+    if base is not None and all(point["wideband_cer"] is not None for point in curve):
         allowed = [point for point in curve if point["wideband_cer"] <= base + max_wideband_loss + 1e-12]
-        if allowed:
-            chosen = min(allowed, key=lambda point: (point["telephone_cer"], point["wideband_cer"], point["alpha"]))
-            reason = f"lowest telephone CER on dev among those that lose at most {max_wideband_loss:.2%} wideband CER"
-        else:
-            chosen = min(curve, key=lambda point: (point["wideband_cer"], point["telephone_cer"]))
-            reason = f"every alpha loses more than {max_wideband_loss:.2%} wideband CER; this one loses least"
+        reason = f"lowest telephone CER on dev among those that lose at most {max_wideband_loss:.2%} wideband CER"
+    if allowed:
+        chosen = min(allowed, key=lambda point: point["telephone_cer"])
+    else:
+        chosen = min(curve, key=lambda point: point["wideband_cer"])
+        reason = f"every alpha loses more than {max_wideband_loss:.2%} wideband CER; this one loses least"
     return {
         "alpha": chosen["alpha"], "model": chosen["model"], "reason": reason, "max_wideband_loss": max_wideband_loss,
-        "base_wideband_cer": base, "curve": sorted(curve, key=lambda point: point["alpha"]),
+        "base_wideband_cer": base, "curve": curve,
     }
 
 
@@ -91,9 +84,8 @@ def main() -> None:
     args = get_args()
     if args.command == "choose":
         try:
-            with open(args.summary, encoding="utf-8") as file:
-                rows = json.load(file)
-        except (OSError, json.JSONDecodeError) as error:
+            rows = json.loads(Path(args.summary).read_text("utf-8"))
+        except (OSError, ValueError) as error:
             raise UserError(f"{args.summary}: {error}; decode and score dev first") from error
         choice = choose_alpha(rows, args.max_wideband_loss)
         write_json(args.output, choice)
@@ -102,12 +94,12 @@ def main() -> None:
     from nano import weights  # imports torch, which `choose` does not need
 
     if args.command == "fold":
-        weights.save(args.output, weights.load_folded(args.checkpoint))
+        state = weights.load_folded(args.checkpoint)
     else:
         if not 0.0 <= args.alpha <= 1.0:
             raise UserError(f"--alpha {args.alpha} is outside 0 to 1", code=2)
-        base, adapted = weights.load_folded(args.base), weights.load_folded(args.adapted)
-        weights.save(args.output, weights.interpolate(base, adapted, args.alpha), alpha=args.alpha)
+        state = weights.interpolate(weights.load_folded(args.base), weights.load_folded(args.adapted), args.alpha)
+    weights.save_atomically({"state_dict": state, "lora": None}, args.output)
     logging.info("wrote %s", args.output)
 
 

@@ -13,7 +13,8 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jiwer
@@ -31,8 +32,7 @@ SPACE_AT_CJK = re.compile(rf"(?<=[{CJK}])\s+|\s+(?=[{CJK}])")
 LOOP = re.compile(r"(.{1,12}?)\1{4}")
 # Bounds between the groups that error rates are broken down by.
 EDGES = {
-    "snr": ("dB", (5, 10, 15, 20, 30)), "loss": ("%", (0.1, 1, 3, 5)),
-    "duration": ("seconds", (2, 5, 10, 30)),
+    "snr": ("dB", (5, 10, 15, 20, 30)), "loss": ("%", (0.1, 1, 3, 5)), "duration": ("seconds", (2, 5, 10, 30)),
 }
 
 
@@ -48,12 +48,9 @@ def normalise(raw: str, chinese_numerals: bool = False) -> str:
 
         text = normalize_nsw(text)
     text = re.sub(r"(?<=[a-z])['’](?=[a-z])|(?<=\d),(?=\d{3})", "", text)  # don't and 1,000 are one word each
-    kept = []
-    for index, character in enumerate(text):
-        inside_number = character == "." and text[index - 1 : index].isdigit() and text[index + 1 : index + 2].isdigit()
-        dropped = unicodedata.category(character)[0] in "PSCZ" and character != "%" and not inside_number
-        kept.append(" " if dropped else character)
-    return SPACE_AT_CJK.sub("", " ".join("".join(kept).split()))
+    kept = (" " if unicodedata.category(letter)[0] in "PSCZ" and letter not in "%." else letter for letter in text)
+    text = re.sub(r"(?<!\d)\.|\.(?!\d)", " ", "".join(kept))
+    return SPACE_AT_CJK.sub("", " ".join(text.split()))
 
 
 def characters(text: str) -> str:
@@ -68,7 +65,7 @@ def words(text: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Edit operations per utterance, as arrays of one length, and pairs (reference, hypothesis) confused."""
+    """Edit operations per utterance, as arrays of one length, and how often each (reference, hypothesis) occurs."""
 
     substitutions: np.ndarray
     deletions: np.ndarray
@@ -87,31 +84,28 @@ def count(references: Sequence[str], hypotheses: Sequence[str], unit: str = "cha
     # jiwer splits at spaces, so characters go in as words of one character.
     output = jiwer.process_words(
         [" ".join(split(text)) for text in references], [" ".join(split(text)) for text in hypotheses]
-    ) if references else None
+    )
     table = np.zeros((len(references), 4), dtype=np.int64)
     confusions: Counter = Counter()
     for row in range(len(references)):
-        reference, hypothesis = output.references[row], output.hypotheses[row]
-        table[row, 3] = len(reference)
-        for chunk in output.alignments[row]:
-            old = reference[chunk.ref_start_idx : chunk.ref_end_idx]
-            new = hypothesis[chunk.hyp_start_idx : chunk.hyp_end_idx]
-            if chunk.type != "equal":
-                column = ("substitute", "delete", "insert").index(chunk.type)
-                table[row, column] += max(len(old), len(new))
+        table[row, 3] = len(output.references[row])
+        for kind, old, new in _chunks(output, row):
+            if kind != "equal":
+                table[row, ("substitute", "delete", "insert").index(kind)] += max(len(old), len(new))
                 confusions.update(zip(old or [""] * len(new), new or [""] * len(old), strict=True))
-    return Counts(table[:, 0], table[:, 1], table[:, 2], table[:, 3], confusions)
+    return Counts(*table.T, confusions)
 
 
 def align(reference: str, hypothesis: str) -> list[tuple[str, str, str]]:
     """Align two normalised texts by character: (equal, substitute, delete or insert; reference; hypothesis)."""
     output = jiwer.process_words(" ".join(characters(reference)), " ".join(characters(hypothesis)))
-    old, new = output.references[0], output.hypotheses[0]
-    return [
-        (chunk.type, "".join(old[chunk.ref_start_idx : chunk.ref_end_idx]),
-         "".join(new[chunk.hyp_start_idx : chunk.hyp_end_idx]))
-        for chunk in output.alignments[0]
-    ]
+    return [(kind, "".join(old), "".join(new)) for kind, old, new in _chunks(output, 0)]
+
+
+def _chunks(output: jiwer.WordOutput, row: int) -> Iterator[tuple[str, list[str], list[str]]]:
+    for chunk in output.alignments[row]:
+        old = output.references[row][chunk.ref_start_idx : chunk.ref_end_idx]
+        yield chunk.type, old, output.hypotheses[row][chunk.hyp_start_idx : chunk.hyp_end_idx]
 
 
 def rate(errors: np.ndarray, lengths: np.ndarray) -> float | None:
@@ -128,18 +122,18 @@ def read_keywords(path: str | os.PathLike) -> dict[str, re.Pattern]:
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist; give a keyword list with --keywords", code=2)
     patterns = {}
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            spellings = [normalise(part) for part in line.split("#")[0].split("|")]
-            spellings = sorted(filter(None, spellings), key=len, reverse=True)
-            if spellings:
-                # A Latin keyword must not be found inside a longer word: app in happy.
-                any_of = "|".join(
-                    rf"(?<![^\W{CJK}]){re.escape(word)}(?![^\W{CJK}])" if not re.search(rf"[{CJK}]", word)
-                    else re.escape(word) for word in spellings
-                )
-                patterns[line.split("#")[0].split("|")[0].strip()] = re.compile(any_of)
+    for line in Path(path).read_text("utf-8").splitlines():
+        spellings = [part.strip() for part in line.split("#")[0].split("|") if normalise(part)]
+        if spellings:
+            longest_first = sorted(map(normalise, spellings), key=len, reverse=True)
+            patterns[spellings[0]] = re.compile("|".join(map(_spelling, longest_first)))
     return patterns
+
+
+def _spelling(word: str) -> str:
+    # A Latin keyword must not be found inside a longer word: app in happy.
+    edge = "" if re.search(rf"[{CJK}]", word) else rf"[^\W{CJK}]"
+    return rf"(?<!{edge}){re.escape(word)}(?!{edge})" if edge else re.escape(word)
 
 
 def keyword_counts(texts: Sequence[str], keywords: dict[str, re.Pattern]) -> np.ndarray:
@@ -148,20 +142,13 @@ def keyword_counts(texts: Sequence[str], keywords: dict[str, re.Pattern]) -> np.
     return np.array(found, dtype=np.int64).reshape(len(texts), len(keywords))
 
 
-def by_cluster(clusters: Sequence[str], *columns: np.ndarray) -> list[np.ndarray]:
-    """Sum columns over utterances of the same call or speaker: those are not independent of each other."""
-    _, index = np.unique(np.asarray(clusters), return_inverse=True)
-    return [np.bincount(index, weights=column) for column in columns]
-
-
 def bootstrap(
     clusters: Sequence[str], errors: np.ndarray, lengths: np.ndarray, resamples: int = 2000, seed: int = 0
 ) -> tuple[float | None, float | None]:
     """95 % interval of sum(errors) / sum(lengths), resampling whole clusters. (None, None) for less than two."""
-    errors, lengths = by_cluster(clusters, errors, lengths)
-    if len(lengths) < 2 or lengths.sum() == 0:
+    result = _resample(clusters, errors, lengths, resamples, seed)
+    if result is None:
         return None, None
-    result = _resample(errors, lengths, resamples, seed)
     return float(result.confidence_interval.low), float(result.confidence_interval.high)
 
 
@@ -170,22 +157,27 @@ def paired_p_value(
     resamples: int = 2000, seed: int = 0,
 ) -> float | None:
     """Two-sided p-value of a difference in rate between two models on the same utterances, by bootstrap."""
-    differences, lengths = by_cluster(clusters, errors - base_errors, lengths)
-    if len(lengths) < 2 or lengths.sum() == 0:
+    result = _resample(clusters, errors - base_errors, lengths, resamples, seed)
+    if result is None:
         return None
-    resampled = _resample(differences, lengths, resamples, seed).bootstrap_distribution
-    tail = min(np.sum(resampled <= 0), np.sum(resampled >= 0))
+    tail = min(np.sum(result.bootstrap_distribution <= 0), np.sum(result.bootstrap_distribution >= 0))
     return float(min(1.0, 2 * (tail + 1) / (resamples + 1)))
 
 
-def _resample(values: np.ndarray, lengths: np.ndarray, resamples: int, seed: int):
+def _resample(clusters: Sequence[str], values: np.ndarray, lengths: np.ndarray, resamples: int, seed: int):
+    # Utterances of the same call or speaker are not independent of each other: the sums over them are drawn.
+    _, cluster = np.unique(np.asarray(clusters), return_inverse=True)
+    values, lengths = np.bincount(cluster, weights=values), np.bincount(cluster, weights=lengths)
+    n = len(values)
+    if n < 2 or lengths.sum() == 0:
+        return None
+
     def ratio(values, lengths, axis):
         # A resample without one reference character has no rate; 1e-9 keeps it from dividing by zero.
         return values.sum(axis=axis) / np.maximum(lengths.sum(axis=axis), 1e-9)
 
     # Percentile intervals are too narrow for few clusters (91 % instead of 95 % at 20). Hesterberg's expanded
     # percentile interval ("What teachers should know about the bootstrap", 2015) widens them like Student's t.
-    n = len(values)
     level = 1 - 2 * stats.norm.cdf(stats.t.ppf(0.025, n - 1) * np.sqrt(n / (n - 1)))
     return stats.bootstrap(
         (values, lengths), ratio, paired=True, vectorized=True, method="percentile", confidence_level=level,

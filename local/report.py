@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import soundfile
 
 import audio
 import metrics
 from common import UserError, atomic_write, read_jsonl, run
 
 TELEPHONE = ("real_test", "simulated_test")  # the first that was scored makes the headline
-SPLITS = ("train", "dev", "test")
 MAX_SILENCE_GAIN = 5.0  # characters a minute where nobody speaks that the final model may write over the base
-WORST, GALLERY, AUDIO_SECONDS = 20, 6, 20.0
+AUDIO_SECONDS = 20.0  # of a recording that go into the file
 CONDITIONS = {"codec": "codec", "second codec": "second codec", "recorder": "recorder's codec",
               "snr": "signal-to-noise ratio", "loss": "packet loss", "duration": "length of the utterance"}
 # The line that funasr/train_utils/trainer_ds.py logs.
@@ -50,35 +50,32 @@ def read_json(path: Path, missing: list[str], default: Any) -> Any:
         return default
 
 
-def find(summary: list[dict], model: str, test_set: str) -> dict[str, Any] | None:
-    return next((row for row in summary if (row["model"], row["test_set"]) == (model, test_set)), None)
-
-
 def judge(summary: list[dict[str, Any]], max_wideband_loss: float) -> dict[str, Any]:
     """The headline: whether final beats base on calls, by how much, what it costs, and so whether to deploy."""
-    against, headline = [], {"telephone": None, "wideband": None, "silence": None}
-    calls = next((name for name in TELEPHONE if find(summary, "base", name) and find(summary, "final", name)), None)
+    rows = {(row["test_set"], row["model"]): row for row in summary}
+    pairs = {
+        name: {"test_set": name, "base": rows[name, "base"], "final": rows[name, "final"]}
+        for name in (*TELEPHONE, "wideband_test", "no_speech") if {(name, "base"), (name, "final")} <= rows.keys()
+    }
+    calls = next((name for name in TELEPHONE if name in pairs), None)
+    wideband, silence = pairs.get("wideband_test"), pairs.get("no_speech")
+    cards = {"telephone": pairs.get(calls), "wideband": wideband, "silence": silence}
     if calls is None:
-        return {"deploy": None, "against": ["no calls were scored with both base and final"], "cards": headline}
-    if calls != "real_test":
-        against.append("no real calls were scored, only simulated ones")
-    base, final = find(summary, "base", calls), find(summary, "final", calls)
-    headline["telephone"] = {"test_set": calls, "base": base, "final": final}
+        return {"deploy": None, "against": ["no calls were scored with both base and final"], "cards": cards}
+    against = [] if calls == "real_test" else ["no real calls were scored, only simulated ones"]
+    base, final = pairs[calls]["base"], pairs[calls]["final"]
     if final["p_value"] is None or final["p_value"] >= 0.05 or final["cer"] >= base["cer"]:
         against.append(f"on {calls} the final model is not reliably better than the base (p = {final['p_value']})")
-    for name, card in (("wideband_test", "wideband"), ("no_speech", "silence")):
-        old, new = find(summary, "base", name), find(summary, "final", name)
-        if not (old and new):
-            against.append(f"{name} was not scored")
-            continue
-        headline[card] = {"test_set": name, "base": old, "final": new}
-        if card == "wideband" and new["cer"] > old["cer"] + max_wideband_loss:
-            against.append(f"wideband CER rose by {100 * (new['cer'] - old['cer']):.2f} points, "
-                           f"{100 * max_wideband_loss:.2f} are allowed")
-        if card == "silence" and new["chars_per_minute"] > old["chars_per_minute"] + MAX_SILENCE_GAIN:
-            against.append(f"it writes {new['chars_per_minute']:.1f} characters a minute where nobody speaks, "
-                           f"the base {old['chars_per_minute']:.1f}")
-    return {"deploy": not against, "against": against, "cards": headline}
+    against += [f"{name} was not scored" for name in ("wideband_test", "no_speech") if name not in pairs]
+    if wideband:
+        loss = wideband["final"]["cer"] - wideband["base"]["cer"]
+        if loss > max_wideband_loss:
+            against.append(f"wideband CER rose by {100 * loss:.2f} points, {100 * max_wideband_loss:.2f} are allowed")
+    if silence:
+        old, new = (silence[model]["chars_per_minute"] for model in ("base", "final"))
+        if new > old + MAX_SILENCE_GAIN:
+            against.append(f"it writes {new:.1f} characters a minute where nobody speaks, the base {old:.1f}")
+    return {"deploy": not against, "against": against, "cards": cards}
 
 
 def losses(log: str) -> dict[str, list[tuple[int, float]]]:
@@ -92,15 +89,14 @@ def losses(log: str) -> dict[str, list[tuple[int, float]]]:
 def stages(exp_output: Path, missing: list[str]) -> list[dict[str, Any]]:
     """What each training stage recorded: run.json, parameters.json, loss curves."""
     found = []
-    for folder in sorted(path.parent for path in exp_output.glob("exp/*/*/run.json")):
-        log = folder / "train.log"
+    for record in sorted(exp_output.glob("exp/*/*[a-z]/run.json")):  # a folder moved aside ends in its time
+        folder, log = record.parent, record.with_name("train.log")
         if not log.is_file():
             missing.append(str(log))
-        curves = losses(log.read_text("utf-8", errors="replace")) if log.is_file() else {"train": [], "val": []}
-        parameters = read_json(folder / "parameters.json", missing, {})
         found.append({
-            "name": folder.name, "run": read_json(folder / "run.json", missing, {}), "curves": curves,
-            "parameters": {name: count for name, count in parameters.items() if count["trainable"]},
+            "name": folder.name, "run": read_json(record, missing, {}),
+            "curves": losses(log.read_text("utf-8", errors="replace") if log.is_file() else ""),
+            "parameters": read_json(folder / "parameters.json", missing, {}),
         })
     if not found:
         missing.append(f"{exp_output}/exp/*/*/run.json")
@@ -111,16 +107,16 @@ def data_counts(exp_output: Path, missing: list[str]) -> list[dict[str, Any]]:
     """Rows and hours of every formatted list, and how many rows were rejected."""
     counts = []
     for path in sorted(exp_output.glob("data/*/*_formatted.jsonl")):
-        rejected = path.with_name(f"rejected_{path.name.removesuffix('_formatted.jsonl')}.jsonl")
+        split = path.name.removesuffix("_formatted.jsonl")
+        rejected = path.with_name(f"rejected_{split}.jsonl")
         lengths = [row["speech_length"] for row in read_jsonl(path)]
         counts.append({
-            "name": path.parent.name, "split": path.name.removesuffix("_formatted.jsonl"), "rows": len(lengths),
-            "hours": sum(lengths) / 360000,
+            "name": path.parent.name, "split": split, "rows": len(lengths), "hours": sum(lengths) / 360000,
             "rejected": len(rejected.read_bytes().splitlines()) if rejected.is_file() else None,
         })
     if not counts:
         missing.append(f"{exp_output}/data/*/*_formatted.jsonl")
-    return sorted(counts, key=lambda row: (row["name"], SPLITS.index(row["split"]) if row["split"] in SPLITS else 9))
+    return counts
 
 
 def commands(exp_output: Path) -> list[str]:
@@ -136,22 +132,19 @@ def transcripts(exp_output: Path, test_set: str, model: str) -> dict[str, dict[s
 
 
 def worst(exp_output: Path, missing: list[str], with_audio: bool) -> list[dict[str, Any]]:
-    """The utterances of calls with most errors of the final model, aligned with their reference."""
+    """The twenty utterances of calls with most errors of the final model, aligned with their reference."""
     found = []
     for test_set in TELEPHONE:
-        rows = list(transcripts(exp_output, test_set, "final").values())
         base = transcripts(exp_output, test_set, "base")
-        references, hypotheses = ([metrics.normalise(row[side]) for row in rows] for side in ("ref", "hyp"))
-        counts = metrics.count(references, hypotheses)
-        for index, row in enumerate(rows):
+        for key, row in transcripts(exp_output, test_set, "final").items():
+            chunks = metrics.align(metrics.normalise(row["ref"]), metrics.normalise(row["hyp"]))
             found.append({
-                "key": row["key"], "row": row,
-                "errors": int(counts.errors[index]), "length": int(counts.lengths[index]),
-                "texts": (references[index], hypotheses[index]), "base": base.get(row["key"], {}).get("hyp"),
+                "key": key, "row": row, "chunks": chunks, "base": base.get(key, {}).get("hyp"),
+                "errors": sum(max(len(old), len(new)) for kind, old, new in chunks if kind != "equal"),
+                "length": sum(len(old) for _, old, _ in chunks), "conditions": metrics.conditions(row),
             })
-    found = sorted((item for item in found if item["errors"]), key=lambda item: (-item["errors"], item["key"]))[:WORST]
+    found = sorted((item for item in found if item["errors"]), key=lambda item: (-item["errors"], item["key"]))[:20]
     for item in found:
-        item |= {"chunks": metrics.align(*item["texts"]), "conditions": describe(item["row"])}
         item["audio"] = embed(item["row"].get("audio"), missing) if with_audio else None
     return found
 
@@ -159,27 +152,19 @@ def worst(exp_output: Path, missing: list[str], with_audio: bool) -> list[dict[s
 def gallery(exp_output: Path, missing: list[str]) -> list[dict[str, Any]]:
     """One simulated call per kind of line, beside the wideband recording it was made of."""
     wideband, shown = transcripts(exp_output, "wideband_test", "final"), {}
-    for row in transcripts(exp_output, "simulated_test", "final").values():
+    for key, row in transcripts(exp_output, "simulated_test", "final").items():
         codec = metrics.conditions(row).get("codec")
-        if codec and codec not in shown and len(shown) < GALLERY and row["seconds"] <= AUDIO_SECONDS:
-            original = wideband.get(row["key"], {})
+        if codec and codec not in shown:
             shown[codec] = {
-                "codec": codec, "conditions": describe(row), "ref": row["ref"],
-                "telephone": embed(row.get("audio"), missing), "wideband": embed(original.get("audio"), missing),
+                "codec": codec, "conditions": metrics.conditions(row), "ref": row["ref"],
+                "telephone": embed(row["audio"], missing),
+                "wideband": embed(wideband.get(key, {}).get("audio"), missing),
             }
     return list(shown.values())
 
 
-def describe(row: dict[str, Any]) -> str:
-    """What is known of an utterance, in one line."""
-    known = {name: value for name, value in metrics.conditions(row).items() if name != "duration" and value != "none"}
-    return ", ".join([f"{row['seconds']:.1f} s", *(f"{name} {value}" for name, value in known.items())])
-
-
 def embed(path: str | None, missing: list[str]) -> str | None:
     """The start of a recording as an MP3 data URI, which every browser plays."""
-    import soundfile
-
     if path is None:
         return None
     try:
@@ -198,52 +183,33 @@ def condition_groups(details: dict[str, Any]) -> list[dict[str, Any]]:
         number = re.search(r"[\d.]+", row["value"])
         return not row["value"].startswith("under"), float(number[0]) if number else 1e9, row["value"], row["model"]
 
-    groups = []
-    for condition, title in CONDITIONS.items():
-        rows = [row for row in details.get("conditions", []) if row["condition"] == condition and row["cer"] is not None
-                and row["test_set"] == "simulated_test" and row["model"] in ("base", "final")]
-        if rows:
-            groups.append({"title": title, "rows": sorted(rows, key=order)})
-    return groups
+    shown = [row for row in details.get("conditions", []) if row["cer"] is not None
+             and row["test_set"] == "simulated_test" and row["model"] in ("base", "final")]
+    groups = [
+        {"title": title, "rows": sorted((row for row in shown if row["condition"] == condition), key=order)}
+        for condition, title in CONDITIONS.items()
+    ]
+    return [group for group in groups if group["rows"]]
 
 
-def curve(lines: dict[str, list[tuple[float, float]]], x_label: str, y_label: str) -> str:
-    """A line chart as an SVG data URI."""
+def loss_curve(curves: dict[str, list[tuple[int, float]]]) -> str:
+    """Losses by step as an SVG data URI."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     # The same numbers give the same bytes; letters stay letters, in the reader's font.
-    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 11}):
+    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
         figure, axes = pyplot.subplots(figsize=(4.6, 3.0))
-        for name, points in lines.items():
-            if points:
-                axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 12 else None)
-        axes.set(xlabel=x_label, ylabel=y_label)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False)
+        for name, points in curves.items():
+            axes.plot([step for step, _ in points], [loss for _, loss in points], label=name)
+        axes.set(xlabel="step", ylabel="loss (mean of the epoch so far)")
+        axes.legend()
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
         pyplot.close(figure)
     return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def charts(found: list[dict[str, Any]], choice: dict[str, Any] | None) -> list[dict[str, str]]:
-    """Loss curves of the stages and the interpolation curve."""
-    made = [
-        {"title": f"Loss, {stage['name']}", "uri": curve(stage["curves"], "step", "loss (mean of the epoch so far)")}
-        for stage in found if stage["curves"]["train"]
-    ]
-    if choice:
-        lines = {
-            name: [(p["alpha"], 100 * p[f"{name}_cer"]) for p in choice["curve"] if p[f"{name}_cer"] is not None]
-            for name in ("telephone", "wideband")
-        }
-        title = f"CER on dev by share of the adapted model; chosen: {choice['alpha']:.2f}, {choice['reason']}"
-        made.append({"title": title, "uri": curve(lines, "alpha", "CER on dev, %")})
-    return made
 
 
 def gather(exp_output: Path, with_audio: bool) -> dict[str, Any]:
@@ -265,7 +231,8 @@ def gather(exp_output: Path, with_audio: bool) -> dict[str, Any]:
         "data": data_counts(exp_output, missing), "worst": worst(exp_output, missing, with_audio),
         "gallery": gallery(exp_output, missing) if with_audio else [], "with_audio": with_audio,
         "commands": commands(exp_output), "missing": missing,
-        "charts": charts(found, choice), "condition_groups": condition_groups(details),
+        "charts": [{"title": f"Loss, {stage['name']}", "uri": loss_curve(stage["curves"])} for stage in found],
+        "condition_groups": condition_groups(details),
     }
 
 

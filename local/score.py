@@ -9,7 +9,6 @@ loss, duration, speaker and corpus, every keyword, and the most frequent confusi
 from __future__ import annotations
 
 import argparse
-import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,9 +19,6 @@ import yaml
 
 import metrics
 from common import UserError, read_jsonl, run, write_json
-
-# Columns of the printed table.
-COLUMNS = {"cer": "CER %", "cer_low": "from", "cer_high": "to", "wer": "WER %", "kwer": "KWER %", "p_value": "p"}
 
 
 def get_args() -> argparse.Namespace:
@@ -46,21 +42,17 @@ class Scored:
         self.words = metrics.count(self.references, self.hypotheses, "word")
         self.wanted = metrics.keyword_counts(self.references, keywords)
         self.heard = metrics.keyword_counts(self.hypotheses, keywords)
+        self.found = np.minimum(self.wanted, self.heard)
         # Utterances of one call share line and speaker; without either, an utterance stands for itself.
         self.clusters = [str(row.get("call") or row.get("speaker") or row["key"]) for row in rows]
-
-    @property
-    def found(self) -> np.ndarray:
-        return np.minimum(self.wanted, self.heard)
 
     def summary(self, base: Scored | None, resamples: int) -> dict[str, Any]:
         """The row of summary.json. `base` gives the paired p-value; None leaves it out."""
         counts, wanted, found = self.characters, self.wanted.sum(axis=1), self.found.sum(axis=1)
         low, high = metrics.bootstrap(self.clusters, counts.errors, counts.lengths, resamples)
         kwer_low, kwer_high = metrics.bootstrap(self.clusters, wanted - found, wanted, resamples)
-        heard_length = np.array([len(metrics.characters(text)) for text in self.hypotheses])
+        written = np.array([len(metrics.characters(text)) for text in self.hypotheses])
         minutes = sum(row["seconds"] for row in self.rows) / 60
-        silent = counts.lengths.sum() == 0
         p_value = None
         if base is not None and [row["key"] for row in base.rows] == [row["key"] for row in self.rows]:
             p_value = metrics.paired_p_value(
@@ -71,14 +63,13 @@ class Scored:
             "cer": metrics.rate(counts.errors, counts.lengths), "cer_low": low, "cer_high": high,
             "wer": metrics.rate(self.words.errors, self.words.lengths),
             "kwer": metrics.rate(wanted - found, wanted),
-            "chars_per_minute": float(heard_length.sum() / minutes) if silent and minutes else None,
+            "chars_per_minute": float(written.sum() / minutes) if minutes and not counts.lengths.any() else None,
             "p_value": p_value, "kwer_low": kwer_low, "kwer_high": kwer_high, **_f_score(wanted, found, self.heard),
             "keyword_occurrences": int(wanted.sum()), "characters": int(counts.lengths.sum()),
             "substitutions": int(counts.substitutions.sum()), "deletions": int(counts.deletions.sum()),
-            "insertions": int(counts.insertions.sum()), "minutes": round(minutes, 2),
-            "clusters": len(set(self.clusters)),
+            "insertions": int(counts.insertions.sum()),
             "loops": sum(map(metrics.has_loop, self.references, self.hypotheses)),
-            "empties": int(np.sum((heard_length == 0) & (counts.lengths > 0))),
+            "empties": int(np.sum((written == 0) & (counts.lengths > 0))),
         }
 
     def breakdown(self) -> Iterator[dict[str, Any]]:
@@ -117,29 +108,29 @@ def _f_score(wanted: np.ndarray, found: np.ndarray, heard: np.ndarray) -> dict[s
     }
 
 
-def read_transcripts(folder: str) -> list[list[dict[str, Any]]]:
+def read_transcripts(folder: str) -> Iterator[list[dict[str, Any]]]:
     """The rows of every transcript in a folder, file by file."""
     paths = sorted(Path(folder).glob("*.jsonl"))
     if not paths:
         raise UserError(f"{folder} has no transcripts (*.jsonl); decode first")
-    files = [list(read_jsonl(path)) for path in paths]
-    missing = [path for path, rows in zip(paths, files, strict=True) if not rows]
-    if missing:
-        raise UserError(f"{missing[0]} is empty; decode again")
-    return files
+    for path in paths:
+        rows = list(read_jsonl(path))
+        if not rows:
+            raise UserError(f"{path} is empty; decode again")
+        yield rows
 
 
 def print_table(summary: list[dict[str, Any]]) -> None:
     """Print models by test sets, for a person."""
-    print(f"{'test set':<16}{'model':<12}{'utts':>7}" + "".join(f"{title:>9}" for title in COLUMNS.values()))
-    for test_set, rows in itertools.groupby(summary, key=lambda row: row["test_set"]):
-        for row in rows:
-            cells = [row[name] if name == "p_value" or row[name] is None else 100 * row[name] for name in COLUMNS]
-            texts = ["-" if cell is None else f"{cell:.3f}" if i == len(cells) - 1 else f"{cell:.2f}"
-                     for i, cell in enumerate(cells)]
-            if row["chars_per_minute"] is not None:
-                texts = [f"{row['chars_per_minute']:.1f}", "  characters a minute where nobody speaks"]
-            print(f"{test_set:<16}{row['model']:<12}{row['utterances']:>7}" + "".join(f"{text:>9}" for text in texts))
+    columns = {"cer": "CER %", "cer_low": "from", "cer_high": "to", "wer": "WER %", "kwer": "KWER %"}
+    print(f"{'test set':<16}{'model':<12}{'utts':>7}" + "".join(f"{title:>9}" for title in [*columns.values(), "p"]))
+    for row in summary:
+        cells = ["-" if row[name] is None else f"{100 * row[name]:.2f}" for name in columns]
+        cells.append("-" if row["p_value"] is None else f"{row['p_value']:.3f}")
+        if row["chars_per_minute"] is not None:
+            cells = [f"{row['chars_per_minute']:.1f}", " characters a minute where nobody speaks"]
+        text = "".join(f"{cell:>9}" for cell in cells)
+        print(f"{row['test_set']:<16}{row['model']:<12}{row['utterances']:>7}{text}")
 
 
 def main() -> None:
@@ -155,12 +146,9 @@ def main() -> None:
     scored.sort(key=lambda one: (
         one.test_set == "no_speech", one.test_set, one.model != "base", one.model == "final", one.model
     ))
-    bases = {one.test_set: one for one in scored if one.model == "base"}
-    summary = []
-    for one in scored:
-        # Dev chose the model, so a p-value there would flatter it.
-        tested = one.model != "base" and not one.test_set.endswith("_dev")
-        summary.append(one.summary(bases.get(one.test_set) if tested else None, resamples))
+    # Dev chose the model, so a p-value there would flatter it.
+    bases = {one.test_set: one for one in scored if one.model == "base" and not one.test_set.endswith("_dev")}
+    summary = [one.summary(bases.get(one.test_set) if one.model != "base" else None, resamples) for one in scored]
     details = {
         "conditions": [row for one in scored for row in one.breakdown()],
         "keywords": [row for one in scored for row in one.keyword_table(keywords)],

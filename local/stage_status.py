@@ -16,30 +16,24 @@ moved aside first; 1: that would replace work, and neither --force true nor leav
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import re
-import socket
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from common import UserError, atomic_write, file_hash, run, write_json
 
 NOTHING_TO_DO, MUST_RUN, MUST_REDO = 0, 3, 4
-BIG_FILE = 64 << 20
 STAGES = {
-    -1: "model",
-    0: "data",
-    1: "encoder",
-    2: "adaptor and CTC",
-    3: "LoRA",
-    4: "decoding and scores",
+    -1: "model", 0: "data", 1: "encoder", 2: "adaptor and CTC", 3: "LoRA", 4: "decoding and scores",
     5: "report and final model",
 }
-EXPERIMENTS = {1: "stage1_encoder_adapt", 2: "stage2_adapter_align", 3: "stage3_lora_domain"}
 KALDI_FILES = ("wav.scp", "text", "segments", "utt2spk")
 
 
@@ -61,44 +55,26 @@ def get_args() -> argparse.Namespace:
 
 
 def hash_input(path: str) -> str:
-    """Hash of a file's content, of a Kaldi folder's lists, or "absent".
-
-    Of a file over 64 MB only the size, the first and the last MB are read. A PyTorch checkpoint ends with the
-    directory of its ZIP archive, which has a CRC-32 of every tensor, so a change anywhere in it is seen.
-    """
+    """Hash of a file's content, those of a Kaldi folder's lists, or "absent"."""
     if os.path.isdir(path):
-        parts = [f"{name}:{hash_input(os.path.join(path, name))}" for name in KALDI_FILES]
-        return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
-    if not os.path.isfile(path):
-        return "absent"
-    size = os.path.getsize(path)
-    if size <= BIG_FILE:
-        return file_hash(path)
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        digest.update(file.read(1 << 20))
-        file.seek(-(1 << 20), os.SEEK_END)
-        digest.update(file.read())
-    return digest.hexdigest()[:16]
+        return " ".join(f"{name}:{hash_input(os.path.join(path, name))}" for name in KALDI_FILES)
+    return file_hash(path) if os.path.isfile(path) else "absent"
 
 
 def fingerprint(inputs: list[str], config: list[str]) -> dict[str, dict[str, str]]:
     """What a stage's result depends on: {"inputs": {path: hash}, "config": {name: value}}."""
-    for item in config:
-        if "=" not in item:
-            raise UserError(f"--config {item}: expected NAME=VALUE", code=2)
     hashes = {os.path.abspath(path): hash_input(path) for path in inputs if path}
-    return {"inputs": hashes, "config": dict(item.split("=", 1) for item in config)}
+    return {"inputs": hashes, "config": {name: value for name, _, value in (item.partition("=") for item in config)}}
 
 
 def changes(before: dict[str, dict[str, str]], now: dict[str, dict[str, str]]) -> list[str]:
     """What differs between two fingerprints, each in a few words."""
     found = []
-    for name in sorted(set(before["config"]) | set(now["config"])):
-        old, new = before["config"].get(name, ""), now["config"].get(name, "")
+    for name in sorted(before["config"].keys() | now["config"].keys()):
+        old, new = before["config"].get(name) or "empty", now["config"].get(name) or "empty"
         if old != new:
-            found.append(f"{name} {old or 'empty'} -> {new or 'empty'}")
-    for path in sorted(set(before["inputs"]) | set(now["inputs"])):
+            found.append(f"{name} {old} -> {new}")
+    for path in sorted(before["inputs"].keys() | now["inputs"].keys()):
         old, new = before["inputs"].get(path, "absent"), now["inputs"].get(path, "absent")
         if old != new:
             found.append(f"{path} {'is new' if old == 'absent' else 'is gone' if new == 'absent' else 'changed'}")
@@ -112,8 +88,7 @@ def marker_path(root: str, stage: int) -> Path:
 def read_marker(root: str, stage: int) -> dict[str, Any] | None:
     """The marker of a stage, or None where it never started."""
     try:
-        with open(marker_path(root, stage), encoding="utf-8") as file:
-            return json.load(file)
+        return json.loads(marker_path(root, stage).read_text("utf-8"))
     except FileNotFoundError:
         return None
     except json.JSONDecodeError as error:
@@ -140,16 +115,16 @@ def check(root: str, stage: int, now: dict, force: bool = False, refuse: bool = 
         return MUST_REDO, f"redone, changed: {'; '.join(changed)}"
     if marker["state"] == "started":
         return MUST_RUN, f"goes on from where it stopped (started {marker['time']})"
-    gone = [path for path, size in marker["outputs"].items() if not _same_size(path, size)]
-    if gone:
-        return MUST_RUN, f"{gone[0]} is gone or was changed since {marker['time']}"
+    for path, size in marker["outputs"].items():
+        if not os.path.isfile(path) or os.path.getsize(path) != size:
+            return MUST_RUN, f"{path} is gone or was changed since {marker['time']}"
     return NOTHING_TO_DO, f"nothing to do, inputs and options are those of {marker['time']}"
 
 
 def start(root: str, stage: int, now: dict, pid: int) -> None:
     """Write down that a stage began, with what it reads."""
-    process = {"pid": pid, "host": socket.gethostname()}
-    write_json(marker_path(root, stage), {"state": "started", "time": _clock(), "began": time.time(), **process, **now})
+    marker = {"state": "started", "time": _clock(), "began": time.time(), "pid": pid, **now}
+    write_json(marker_path(root, stage), marker)
 
 
 def done(root: str, stage: int, outputs: list[str]) -> dict[str, Any]:
@@ -160,11 +135,14 @@ def done(root: str, stage: int, outputs: list[str]) -> dict[str, Any]:
     for path in outputs:
         if not os.path.isfile(path) or os.path.getsize(path) == 0:
             raise UserError(f"stage {stage} ended without writing {path}; its log says why")
-    marker["state"] = "done"
-    marker["seconds"] = round(time.time() - marker["began"], 1)
-    marker["time"] = _clock()
-    marker["outputs"] = {path: os.path.getsize(path) for path in outputs}
-    marker["counts"] = {_short(path, root): _lines(path) for path in outputs if path.endswith(".jsonl")}
+    marker |= {
+        "state": "done", "seconds": round(time.time() - marker["began"], 1), "time": _clock(),
+        "outputs": {path: os.path.getsize(path) for path in outputs},
+        "counts": {
+            os.path.relpath(path, root).removeprefix("data/").removesuffix(".jsonl").removesuffix("_formatted"):
+            len(Path(path).read_bytes().splitlines()) for path in outputs if path.endswith(".jsonl")
+        },
+    }
     write_json(marker_path(root, stage), marker)
     return marker
 
@@ -173,13 +151,10 @@ def last_step(log: Path) -> str:
     """The last training and the last validation line of FunASR's log, in a few words; "" where there is none."""
     if not log.is_file():
         return ""
-    with open(log, "rb") as file:
-        file.seek(max(0, log.stat().st_size - (1 << 20)))
-        text = file.read().decode("utf-8", "replace")
     # The format is that of funasr/train_utils/trainer_ds.py, log().
     pattern = r"\b(train|val), rank: \d+, epoch: (\d+/\d+).*?step_in_slice: (\d+/\d+).*?\(loss_avg_slice: ([^)]+)\)"
-    last = {tag: (epoch, step, loss) for tag, epoch, step, loss in re.findall(pattern, text)}
-    return ", ".join(f"{tag} epoch {last[tag][0]} step {last[tag][1]} loss {last[tag][2]}" for tag in last)
+    last = {tag: rest for tag, *rest in re.findall(pattern, log.read_text("utf-8", errors="replace"))}
+    return ", ".join(f"{tag} epoch {epoch} step {step} loss {loss}" for tag, (epoch, step, loss) in last.items())
 
 
 def show(root: str) -> str:
@@ -193,48 +168,19 @@ def show(root: str) -> str:
         if marker is None:
             lines.append(f"| {stage} | {what} | not run | | | |")
             continue
-        state = "done" if marker["state"] == "done" else "running" if _alive(marker) else "stopped; run it again"
+        running = marker["pid"] and psutil.pid_exists(marker["pid"])
+        state = "done" if marker["state"] == "done" else "running" if running else "stopped; run it again"
         details = ", ".join(f"{name} {count:,}" for name, count in marker.get("counts", {}).items())
-        if stage in EXPERIMENTS:
-            details = last_step(Path(root) / "exp" / "8k_telephone" / EXPERIMENTS[stage] / "train.log") or details
-        took = _duration(marker["seconds"]) if "seconds" in marker else ""
+        # A folder that was moved aside ends in digits, its time.
+        for log in Path(root).glob(f"exp/8k_telephone/stage{stage}_*[a-z]/train.log"):
+            details = last_step(log) or details
+        took = timedelta(seconds=round(marker["seconds"])) if "seconds" in marker else ""
         lines.append(f"| {stage} | {what} | {state} | {marker['time']} | {took} | {details} |")
     return "\n".join(lines) + "\n"
 
 
-def _alive(marker: dict[str, Any]) -> bool:
-    if marker.get("host") != socket.gethostname():
-        return False
-    try:
-        os.kill(marker.get("pid") or -1, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return bool(marker.get("pid"))
-
-
-def _same_size(path: str, size: int) -> bool:
-    return os.path.isfile(path) and os.path.getsize(path) == size
-
-
-def _lines(path: str) -> int:
-    with open(path, "rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(1 << 20), b""))
-
-
-def _short(path: str, root: str) -> str:
-    relative = os.path.relpath(path, root)
-    return relative.removeprefix("data/").removesuffix(".jsonl").removesuffix("_formatted")
-
-
 def _clock() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _duration(seconds: float) -> str:
-    hours, rest = divmod(round(seconds), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
 def main() -> None:

@@ -13,8 +13,7 @@ import soundfile
 import torch
 
 from common import UserError, read_jsonl, write_jsonl
-from decode import PartFile, named
-from nano.inference import Recogniser, batches
+from decode import PartFile, Recogniser, batches, named
 from nano.miniature import build_folder
 
 ROOT = __file__.rsplit("/tests/", 1)[0]

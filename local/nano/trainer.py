@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from funasr.train_utils import trainer_ds as stock
 
+from nano.weights import save_atomically
+
 
 class Trainer(stock.Trainer):
     """Upstream's Trainer; `initial` is the checkpoint training started from, `lora` what averaged.pt says of LoRA."""
@@ -134,16 +136,6 @@ def average(checkpoints: list[Path], trainable: set[str], initial: Path) -> dict
         else:
             averaged[name] = start[name].to(last.dtype) if name in start else last
     return averaged
-
-
-def save_atomically(state: Any, path: Path) -> None:
-    """torch.save under a temporary name, then rename: a checkpoint is whole or absent."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        torch.save(state, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def link_atomically(path: Path, link: Path) -> None:

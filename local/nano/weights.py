@@ -1,8 +1,7 @@
 """Checkpoints as plain dictionaries of tensors: read, fold LoRA, interpolate, write whole or not at all.
 
-    state, lora = load("exp/stage3/averaged.pt")
-    state = fold_lora(state, lora)
-    save("folded.pt", interpolate(base, state, alpha=0.5))
+    state = load_folded("exp/stage3/averaged.pt")
+    save_atomically({"state_dict": interpolate(base, state, alpha=0.5), "lora": None}, "final.pt")
 """
 
 from __future__ import annotations
@@ -19,6 +18,10 @@ from common import UserError, atomic_write
 State = dict[str, torch.Tensor]
 # Where FunASR and this recipe keep the tensors inside a checkpoint, outermost first.
 CONTAINERS = ("state_dict", "model_state_dict", "model")
+# Only time stamps and stage 2 need this branch, and the release on Hugging Face has none.
+CTC_PREFIXES = ("ctc_decoder.", "ctc.")
+# Tied to the embedding, so a checkpoint may leave it out.
+OUTPUT_LAYER = "llm.lm_head.weight"
 
 
 def load(path: str | os.PathLike) -> tuple[State, dict[str, Any] | None]:
@@ -27,13 +30,13 @@ def load(path: str | os.PathLike) -> tuple[State, dict[str, Any] | None]:
         raise UserError(f"{path} does not exist; run the stage that writes it, or correct the path", code=2)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:  # by where the file was cut off
         raise UserError(f"{path} is not a whole PyTorch checkpoint ({type(error).__name__}); write it again") from error
     if not isinstance(checkpoint, Mapping):
         raise UserError(f"{path} holds a {type(checkpoint).__name__}, not a dictionary of tensors")
     lora, state = checkpoint.get("lora"), checkpoint
-    while (name := next((name for name in CONTAINERS if isinstance(state.get(name), Mapping)), None)) is not None:
-        state = state[name]
+    while inner := next((state[name] for name in CONTAINERS if isinstance(state.get(name), Mapping)), None):
+        state = inner
     state = {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, torch.Tensor)}
     if not state:
         raise UserError(f"{path} holds no tensors")
@@ -52,53 +55,54 @@ def fold_lora(state: State, lora: Mapping[str, Any] | None) -> State:
 
     Computed and kept in float32: in bfloat16 most of a small update would be rounded away before it is scaled.
     """
-    if lora is None:
-        return dict(state)
-    scale = lora["lora_alpha"] / lora["r"]
-    folded: State = {}
-    for name, tensor in state.items():
-        if name.endswith((".lora_A", ".lora_B")):
-            continue
-        stem = name.removesuffix(".weight")
-        if name.endswith(".weight") and f"{stem}.lora_A" in state:
-            down, up = state[f"{stem}.lora_A"].float(), state[f"{stem}.lora_B"].float()
-            if down.shape[0] != lora["r"]:
-                raise UserError(f"{stem}: LoRA of rank {down.shape[0]}, but the checkpoint says r = {lora['r']}")
-            tensor = tensor.float() + scale * (up @ down)
-        folded[name] = tensor
+    folded = {name: tensor for name, tensor in state.items() if not name.endswith((".lora_A", ".lora_B"))}
+    for name in [name for name in state if name.endswith(".lora_A")]:
+        stem = name.removesuffix(".lora_A")
+        down, up = state[name].float(), state[f"{stem}.lora_B"].float()
+        if down.shape[0] != lora["r"]:
+            raise UserError(f"{stem}: LoRA of rank {down.shape[0]}, but the checkpoint says r = {lora['r']}")
+        folded[f"{stem}.weight"] = state[f"{stem}.weight"].float() + lora["lora_alpha"] / lora["r"] * (up @ down)
     return folded
 
 
 def interpolate(base: State, adapted: State, alpha: float) -> State:
     """(1 - alpha) * base + alpha * adapted for every tensor, computed in float32, in the dtype of `adapted`.
 
-    Tensors that training left alone stay bit-identical; tied tensors (embedding and output layer) stay tied.
-    Raises UserError when `adapted` has a tensor that `base` has not, or of another shape.
+    Tensors that training left alone stay bit-identical, tied tensors (embedding and output layer) stay tied, and
+    a CTC branch or output layer that `base` lacks is that of `adapted`.
+    Raises UserError when `adapted` has another tensor that `base` has not, or one of another shape.
     """
-    names = adapted.keys() - base.keys()
-    if names:
-        raise UserError(f"the base lacks {len(names)} tensors, first {min(names)}; are both of one model folder?")
+    lacking = adapted.keys() - base.keys()
+    if unknown := sorted(name for name in lacking if not name.startswith((*CTC_PREFIXES, OUTPUT_LAYER))):
+        raise UserError(f"the base lacks {len(unknown)} tensors, first {unknown[0]}; are both of one model folder?")
     mixed: State = {}
-    done: dict[tuple[int, int], torch.Tensor] = {}
+    done: dict[tuple[int, int, torch.Size], torch.Tensor] = {}
     for name, new in adapted.items():
-        old = base[name]
+        old = base.get(name, new)
         if old.shape != new.shape:
             raise UserError(f"{name} is {tuple(old.shape)} in the base and {tuple(new.shape)} in the adapted model")
-        tied = (old.data_ptr(), new.data_ptr())
-        if tied not in done or done[tied].shape != new.shape:
-            done[tied] = _mix(old, new, alpha)
+        tied = (old.data_ptr(), new.data_ptr(), new.shape)
+        if tied not in done:
+            # torch.lerp gives exactly `old` at 0 and exactly `new` at 1.
+            moved = new.is_floating_point() and not torch.equal(old, new)
+            done[tied] = torch.lerp(old.float(), new.float(), alpha).to(new.dtype) if moved else new
         mixed[name] = done[tied]
     return mixed
 
 
-def _mix(old: torch.Tensor, new: torch.Tensor, alpha: float) -> torch.Tensor:
-    if not new.is_floating_point() or torch.equal(old, new):
-        return new
-    # torch.lerp gives exactly `old` at 0 and exactly `new` at 1.
-    return torch.lerp(old.float(), new.float(), alpha).to(new.dtype)
+def misfits(model: torch.nn.Module, state: State) -> tuple[list[str], list[str]]:
+    """Names of the model's tensors that `state` lacks, and of those it has in another shape.
+
+    FunASR leaves both at random. A tied tensor may be there under either of its names.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    there = {id(tensor) for name, tensor in tensors.items() if name in state}
+    missing = [name for name, tensor in tensors.items() if id(tensor) not in there]
+    misshapen = [name for name in tensors if name in state and state[name].shape != tensors[name].shape]
+    return sorted(missing), sorted(misshapen)
 
 
-def save(path: str | os.PathLike, state: State, **extra: Any) -> None:
-    """Write {"state_dict": state, "lora": None, **extra}; the name appears when the file is whole."""
+def save_atomically(checkpoint: Any, path: str | os.PathLike) -> None:
+    """torch.save under a temporary name, then rename: a checkpoint is whole or absent."""
     with atomic_write(path, "wb") as file:
-        torch.save({"state_dict": state, "lora": None, **extra}, file)
+        torch.save(checkpoint, file)
