@@ -19,7 +19,6 @@ import heapq
 import itertools
 import json
 import os
-from array import array
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -29,14 +28,12 @@ import numpy as np
 
 import audio
 from common import UserError, atomic_write, file_hash, progress, run, write_jsonl
-from corpus import Entry, check_row, read_rows
+from corpus import Entry, check_row, count_rows, read_rows
 from ledger import batches, open_ledger, parallel
 from telephone import noise
-from telephone.channel import CODEC_TYPES, apply_pcm, draw, load_config
+from telephone.channel import apply, draw, load_config
 
 POOL = 200  # utterances that babble is made of
-SHORTEST_S = 0.1
-NARROWING = ("preset", "codec_type", "low_freq", "high_freq", "snr_db_min", "snr_db_max", "no_noise", "no_codec")
 Job = dict[str, Any]
 
 
@@ -48,16 +45,16 @@ def get_args() -> argparse.Namespace:
     add("--output", type=Path, required=True, help="JSONL to write.")
     add("--output_audio_dir", type=Path, required=True, help="Folder for the audio, in a sub-folder per output.")
     add("--audio_key", default="source", help="Field of a row that names the audio file.")
-    add("--target_fs", type=int, default=8000, help="Sampling rate of the call; a telephone has 8000.")
+    add("--target_fs", type=int, default=8000, choices=[8000], help="Sampling rate of the call; a telephone has 8000.")
     add("--output_fs", type=int, default=16000, choices=[8000, 16000], help="Sampling rate of the audio written.")
     add("--audio_format", default="flac", choices=["flac", "wav"], help="FLAC is half as big, WAV is faster.")
     add("--config", type=Path, default=Path("conf/telephone_channel.yaml"), help="Distributions to draw from.")
     add("--preset", help="A preset of the config, for instance clean-pcma.")
-    add("--codec_type", choices=sorted(CODEC_TYPES), help="Use this codec in every call.")
+    add("--codec_type", help="Use this codec in every call: a-law, mu-law, gsm, amr-nb, opus, g726, g722 or mp3.")
     add("--low_freq", type=float, help="Lower edge of a plain band-pass in Hz, in place of the send responses.")
     add("--high_freq", type=float, help="Upper edge of a plain band-pass in Hz, in place of the send responses.")
-    add("--snr_db_min", type=float, help="Lowest signal-to-noise ratio of background noise in dB.")
-    add("--snr_db_max", type=float, help="Highest signal-to-noise ratio of background noise in dB.")
+    add("--snr_db_min", type=float, help="Lowest SNR of background noise in dB; with it, every SNR is as likely.")
+    add("--snr_db_max", type=float, help="Highest SNR of background noise in dB; with it, every SNR is as likely.")
     add("--bg_noise_scp", type=Path, help="Kaldi wav.scp of noise recordings to use as background noise.")
     add("--no_noise", action="store_true", help="No background noise, line noise, hum or echo.")
     add("--no_codec", action="store_true", help="No codec and no packet loss.")
@@ -69,8 +66,6 @@ def get_args() -> argparse.Namespace:
     args = parser.parse_args()
     if (args.input is None) == (args.no_speech_probe is None):
         parser.error("give --input, or --no_speech_probe N")
-    if args.target_fs != 8000:
-        parser.error("--target_fs: a telephone call has 8000 Hz; the audio written has --output_fs")
     if not 0 <= args.max_reject_ratio <= 1 or args.num_workers < 1 or (args.no_speech_probe or 1) < 1:
         parser.error("--max_reject_ratio is from 0 to 1, --num_workers and --no_speech_probe at least 1")
     return args
@@ -85,11 +80,11 @@ def simulate_row(row: dict[str, Any], job: Job) -> dict[str, Any]:
         if isinstance(row.get("channel"), dict):
             raise audio.AudioError("already_simulated", "the row's channel is that of a simulated call")
         samples, fs = audio.read(row["source"], row.get("channel"), row.get("start"), row.get("end"))
-        if samples.size < SHORTEST_S * fs:
+        if samples.size < 0.1 * fs:
             raise audio.AudioError("too_short", f"{samples.size / fs:.4f} s")
     babble = noise.babble_source(job["pool"], row["key"]) if job["pool"] else None
     own = noise.file_source(job["noises"]) if job["noises"] else None
-    call = apply_pcm(job["config"], plan, samples, fs, job["output_fs"], babble=babble, noise=own)
+    call = apply(plan, samples, fs, job["output_fs"], babble=babble, noise=own, pcm=True)
     if "probe" not in row and plan["measured"]["sent_dbov"] is None:
         raise audio.AudioError("silent", "no speech in the telephone band above the idle noise of a line")
     path = Path(job["audio_dir"]) / f"{key_hash(row['key']) >> 56:02x}" / audio.file_name(row["key"], job["suffix"])
@@ -111,9 +106,11 @@ def simulate_part(job: Job, numbered: tuple[int, list[Entry]]) -> str:
     part = Path(job["parts"]) / f"{index:06d}.json"
     stamps = [_stamp(entry.row["source"]) for entry in entries if entry.row and "source" in entry.row]
     identity = hashlib.sha256(json.dumps([job["identity"], entries, stamps]).encode()).hexdigest()
-    if _is_finished(part, identity):
-        return str(part)
-    part.unlink(missing_ok=True)
+    if part.is_file():
+        done = json.loads(part.read_text(encoding="utf-8"))
+        if done["identity"] == identity and done["sizes"] == [_stamp(row["source"])[0] for row in done["rows"]]:
+            return str(part)
+        part.unlink()
     rows, rejected = [], []
     for entry in entries:
         try:
@@ -130,20 +127,11 @@ def simulate_part(job: Job, numbered: tuple[int, list[Entry]]) -> str:
     return str(part)
 
 
-def _is_finished(part: Path, identity: str) -> bool:
-    if not part.is_file():
-        return False
-    done = json.loads(part.read_text(encoding="utf-8"))
-    return done["identity"] == identity and done["sizes"] == [_stamp(row["source"])[0] for row in done["rows"]]
-
-
 def _stamp(path: str) -> list[int]:
     """Size and time of a file; of a missing one, -1."""
-    try:
-        found = os.stat(path)
-    except (OSError, ValueError):
+    if not os.path.isfile(path):
         return [-1, -1]
-    return [found.st_size, found.st_mtime_ns]
+    return [os.path.getsize(path), os.stat(path).st_mtime_ns]
 
 
 def key_hash(key: str) -> int:
@@ -165,28 +153,18 @@ def read_entries(args: argparse.Namespace) -> Iterator[Entry]:
         yield entry._replace(row={**entry.given, **entry.row}) if entry.row else entry
 
 
-def survey(entries: Iterator[Entry]) -> tuple[int, list[int], list[noise.Recording]]:
-    """One pass over the input: rows, hashes of keys that occur twice, and the utterances babble is made of."""
-    count, hashes = 0, array("Q")
-
-    def candidates() -> Iterator[tuple[int, noise.Recording]]:
-        nonlocal count
-        for entry in entries:
-            count += 1
-            if entry.row:
-                hashes.append(key_hash(entry.row["key"]))
-                if "source" in entry.row and not isinstance(entry.row.get("channel"), dict):
-                    yield key_hash(f"babble {entry.row['key']}"), noise.Recording.of(entry.row)
-
-    chosen = heapq.nsmallest(POOL + POOL // 2, candidates(), key=lambda pair: pair[0])
-    values, times = np.unique(np.frombuffer(hashes, dtype=np.uint64), return_counts=True)
-    pool = itertools.islice((voice for _, voice in chosen if _is_voice(voice)), POOL)
-    return count, [int(value) for value in values[times > 1]], list(pool)
+def babble_pool(entries: Iterator[Entry]) -> list[noise.Recording]:
+    """The utterances babble is made of: those of the lowest hashes that hold speech."""
+    given = (entry.row for entry in entries if entry.row and "source" in entry.row)
+    wideband = (row for row in given if not isinstance(row.get("channel"), dict))
+    first = heapq.nsmallest(POOL + POOL // 2, wideband, key=lambda row: key_hash(f"babble {row['key']}"))
+    voices = (noise.Recording(*(row.get(name) for name in noise.Recording._fields)) for row in first)
+    return list(itertools.islice(filter(_is_voice, voices), POOL))
 
 
 def _is_voice(voice: noise.Recording) -> bool:
     try:
-        samples, fs = audio.read(voice.path, voice.channel, voice.start, voice.end)
+        samples, fs = audio.read(*voice[1:])
     except audio.AudioError:
         return False
     return samples.size >= fs / 2 and noise.active_level(samples, fs) > noise.SILENT_DBOV
@@ -194,19 +172,23 @@ def _is_voice(voice: noise.Recording) -> bool:
 
 def make_job(args: argparse.Namespace) -> Job:
     """Everything a worker needs besides its rows; `identity` is a hash of all that the audio depends on."""
-    narrowing = {name: getattr(args, name) for name in NARROWING}
+    flags = ("preset", "codec_type", "low_freq", "high_freq", "snr_db_min", "snr_db_max", "no_noise", "no_codec")
+    narrowing = {name: getattr(args, name) for name in flags}
     load_config(args.config, **narrowing)  # a mistake there is told before a long manifest is read
     noises = noise.read_scp(args.bg_noise_scp) if args.bg_noise_scp else []
-    count, duplicates, pool = survey(read_entries(args))
+    hashes = (key_hash(entry.row["key"]) for entry in read_entries(args) if entry.row)
+    values, times = np.unique(np.fromiter(hashes, np.uint64), return_counts=True)
+    pool = babble_pool(read_entries(args))
+    count = args.no_speech_probe or count_rows(args.input)
     if count == 0:
         raise UserError(f"--input {args.input} has no rows", code=1)
     if pool:
-        rows = ({"key": voice.name, "source": voice.path, **voice.cut()} for voice in pool)
+        rows = ({name: value for name, value in voice._asdict().items() if value is not None} for voice in pool)
         write_jsonl(args.output.with_name(f"babble_pool_{args.output.stem}.jsonl"), rows)
     job: Job = {
         "config": load_config(args.config, **narrowing, own_noise=bool(noises), no_babble=not pool),
         "seed": args.seed, "output_fs": args.output_fs, "suffix": f".{args.audio_format}",
-        "count": count, "duplicates": duplicates, "pool": pool, "noises": noises,
+        "count": count, "duplicates": values[times > 1].tolist(), "pool": pool, "noises": noises,
         "audio_dir": os.path.abspath(args.output_audio_dir / args.output.stem),
         "parts": os.path.abspath(args.output.with_name(f".{args.output.stem}.parts")),
     }  # fmt: skip

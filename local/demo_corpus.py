@@ -205,7 +205,7 @@ def speak_set(name: str, texts: list[str], first: int, folder: Path, seed: int) 
                 samples = roughen(samples, rng)
             if name.startswith("calls"):
                 path = folder / name / f"{key}.wav"
-                samples = apply(mobile, draw(mobile, seed, key), samples, 16000, 8000)
+                samples = apply(draw(mobile, seed, key), samples, 16000, 8000)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 soundfile.write(path, samples, 8000, subtype="ALAW")
             else:

@@ -236,7 +236,7 @@ def test_resampling_does_not_delay():
 @pytest.mark.parametrize("dbov", [-40, -26, -14])
 def test_upsampled_calls_have_nothing_above_4_khz(dbov):
     plan = draw(CLEAN, 0, "x") | {"active_dbov": dbov}
-    call = apply(CLEAN, plan, speech(5), 16000, 16000)
+    call = apply(plan, speech(5), 16000, 16000)
     power = np.abs(np.fft.rfft(call)) ** 2
     edge = power.size // 2
     assert 10 * np.log10(power[:edge].sum() / power[edge:].sum()) > 55
@@ -292,7 +292,7 @@ def test_active_level_of_a_full_scale_sine():
 def test_idle_noise_of_an_alaw_line():
     for line in ({}, {"noise": "white", "noise_dbm0": -74}, {"noise": "pink", "noise_dbm0": -69}):
         plan = draw(CLEAN, 0, "x") | {"line": line}
-        call = apply(CLEAN, plan, np.zeros(16000 * 3, np.float32), 16000, 8000)
+        call = apply(plan, np.zeros(16000 * 3, np.float32), 16000, 8000)
         assert np.all(call.reshape(-1, 80).std(axis=1) > 0)
         assert noise.rms_level(call) + noise.DBM0 == pytest.approx(-66, abs=3)
 
@@ -302,8 +302,8 @@ def test_idle_noise_of_an_alaw_line():
 def test_noise_has_the_drawn_snr_and_speech_the_drawn_level(key, snr_db, kind):
     config = load_config(CONF, preset="clean-pcma", no_codec=True)
     plan, talk = draw(config, 0, key), speech(3)
-    clean = apply(config, dict(plan), talk, 16000, 8000)
-    noisy = apply(config, plan | {"noise": {"kind": kind, "snr_db": snr_db}}, talk, 16000, 8000)
+    clean = apply(dict(plan), talk, 16000, 8000)
+    noisy = apply(plan | {"noise": {"kind": kind, "snr_db": snr_db}}, talk, 16000, 8000)
     assert noise.active_level(clean, 8000) == pytest.approx(plan["active_dbov"], abs=0.5)
     assert noise.active_level(clean, 8000) - noise.rms_level(noisy - clean) == pytest.approx(snr_db, abs=0.5)
 
@@ -420,9 +420,9 @@ def test_every_channel_keeps_length_and_time_and_is_never_silent(part, tmp_path)
     talk = np.concatenate([speech(2), np.zeros(16000, np.float32), speech(1.003, seed=3)])
     for i in range(part, 60, 4):
         plan = draw(DEFAULT, 2, f"k{i}")
-        call = apply(DEFAULT, plan, talk, 16000, 16000, babble=babble)
+        call = apply(plan, talk, 16000, 16000, babble=babble)
         assert call.size == talk.size and np.isfinite(call).all() and np.abs(call).max() <= 1
-        again = apply(DEFAULT, draw(DEFAULT, 2, f"k{i}"), talk, 16000, 16000, babble=babble)
+        again = apply(draw(DEFAULT, 2, f"k{i}"), talk, 16000, 16000, babble=babble)
         assert np.array_equal(call, again)
         # A pause must hold a line's noise: true zeros are 24 nats away in log-mel.
         pause = call[36000:47000].reshape(-1, 100)
@@ -440,7 +440,7 @@ def test_wideband_leg_and_every_codec_in_every_hop():
         plan = draw(CLEAN, 0, "x") | {hop: {"codec": name, **settings}}
         # The 300 Hz corner of a band-pass delays the bass by its nature; the band of speech must not be late.
         band = firwin(201, [800, 3000], pass_zero=False, fs=8000)
-        heard = (resample(talk, 16000, 8000), apply(CLEAN, plan, talk, 16000, 8000))
+        heard = (resample(talk, 16000, 8000), apply(plan, talk, 16000, 8000))
         assert abs(delay(*(np.convolve(samples, band, "same") for samples in heard))) <= 8, (hop, name)
 
 
@@ -448,7 +448,7 @@ def test_clean_pcma_is_the_plain_band_and_a_law():
     plan = draw(CLEAN, 5, "x")
     assert set(plan) == {"seed", "epoch", "draw", "send", "active_dbov", "line", "g711"}
     assert plan["send"] == {"shape": "band", "low_hz": 300, "high_hz": 3400} and plan["g711"] == "alaw"
-    call = to_pcm(apply(CLEAN, plan, speech(1), 16000, 8000))
+    call = to_pcm(apply(plan, speech(1), 16000, 8000))
     assert np.array_equal(g711(call, "alaw"), call)
 
 
@@ -516,7 +516,7 @@ def test_simulated_gsm_is_as_near_to_real_gsm_files_as_sox_is(tmp_path):
         sox = decoded_by("sox -D -t gsm -r 8000 IN -t raw -e signed -b 16 -", stream, ".gsm", tmp_path)
         plan = draw(config, 0, real.name) | {"hop1": {"codec": "gsm_fr"}, "g711": "none"}
         plan |= {"send": {"shape": "mobile"}, "active_dbov": noise.active_level(from_pcm(truth), 8000)}
-        ours = apply(config, plan, wide, fs, 8000)
+        ours = apply(plan, wide, fs, 8000)
         for name, samples in (("ours", ours), ("sox", from_pcm(sox))):
             count = min(samples.size, truth.size)
             shift = delay(truth[:count], samples[:count])

@@ -7,14 +7,12 @@ limiter, hop 1 with packet loss, hop 2, line noise, hum, echo, G.711, recorder, 
 
     config = load_config("conf/telephone_channel.yaml")
     plan = draw(config, seed=0, key="utt1")
-    samples_16k = apply(config, plan, samples, 16000, 16000, babble=babble_source(pool))
+    samples_16k = apply(plan, samples, 16000, 16000, babble=babble_source(pool))
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import math
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -30,110 +28,84 @@ from telephone.resample import resample, resample_counted
 
 TELEPHONE_FS = 8000
 CODED = ("amr_nb", "gsm_fr", "opus_nb", "g726")
-# What the YAML may hold: `probability`; the names that may have shares; or the bounds of a range.
-SCHEMA: dict[str, str | tuple] = {
-    "noise.probability": "probability",
-    "noise.kind": ("babble", "pink", "white", "file"),
-    "noise.own_file_probability": "probability",
-    "noise.snr_db": (-20.0, 80.0),
-    "room.probability": "probability",
-    "room.rt60_s": (0.05, 2.0),
-    "room.direct_db": (-10.0, 30.0),
-    "level.active_dbov": (-60.0, -5.0),
-    "send.shape": ("mobile", "modified_irs", "irs", "g712", "band"),
-    "send.low_hz": (20.0, 1000.0),
-    "send.high_hz": (2000.0, 3990.0),
-    "send.peak_count": ("0", "1", "2", "3"),
-    "send.peak_hz": (100.0, 3900.0),
-    "send.peak_db": (-20.0, 20.0),
-    "limiter.kind": ("none", "agc", "hard_clip", "soft_clip"),
-    "limiter.drive_dbov": (-30.0, 6.0),
-    "limiter.agc_target_dbov": (-40.0, -10.0),
-    "hop1.codec": ("g711", "g722", *CODED, "none"),
-    "hop1.amr_kbps": ("12.2", "10.2", "7.95", "7.4", "6.7", "5.9", "5.15", "4.75"),
-    "hop1.amr_dtx_probability": "probability",
-    "hop1.opus_kbps": ("6", "8", "12", "16", "24"),
-    "hop1.g726_kbps": ("24", "32", "40"),
-    "packet_loss.probability": "probability",
-    "packet_loss.preset": ("0.5/1.1", "1/1.5", "3/2", "5/2.5", "10/3"),
-    "hop2.codec": (*CODED, "none"),
-    "line.noise_probability": "probability",
-    "line.noise_kind": ("white", "pink"),
-    "line.noise_dbm0": (-90.0, -20.0),
-    "line.hum_probability": "probability",
-    "line.hum_dbm0": (-90.0, -20.0),
-    "line.echo_probability": "probability",
-    "line.echo_loss_db": (5.0, 90.0),
-    "line.echo_delay_ms": (1.0, 500.0),
-    "g711.law": ("alaw", "ulaw", "none"),
-    "recorder.codec": ("none", "gsm_fr", "mp3", "g726"),
-    "recorder.mp3_kbps": ("8", "16", "24", "32"),
-}
-# One fixed place per value in the row of uniform numbers: narrowing one value leaves every other one as it was.
-PLACES = {name: place for place, name in enumerate(SCHEMA)}
-DRAWS = len(SCHEMA) + 6  # and frequency and gain of three peaks
-CODEC_TYPES = {
-    "a-law": {"hop1": {"codec": {"g711": 1}}, "g711": {"law": {"alaw": 1}}},
-    "mu-law": {"hop1": {"codec": {"g711": 1}}, "g711": {"law": {"ulaw": 1}}},
-    "gsm": {"hop1": {"codec": {"gsm_fr": 1}}},
-    "amr-nb": {"hop1": {"codec": {"amr_nb": 1}}},
-    "opus": {"hop1": {"codec": {"opus_nb": 1}}},
-    "g726": {"hop1": {"codec": {"g726": 1}}},
-    "g722": {"hop1": {"codec": {"g722": 1}}},
-    "mp3": {"recorder": {"codec": {"mp3": 1}}},
-}
-NO_NOISE = {"noise": {"probability": 0}, "line": {"noise_probability": 0, "hum_probability": 0, "echo_probability": 0}}
-NO_CODEC = {
-    "hop1": {"codec": {"none": 1}}, "hop2": {"codec": {"none": 1}}, "g711": {"law": {"none": 1}},
-    "recorder": {"codec": {"none": 1}}, "packet_loss": {"probability": 0},
+PROBABILITY = (0.0, 1.0)
+# What the YAML may hold, section by section: the bounds of a probability or a range, or the names that have shares.
+SCHEMA: dict[str, dict[str, tuple]] = {
+    "noise": {
+        "probability": PROBABILITY, "kind": ("babble", "pink", "white"), "own_file_probability": PROBABILITY,
+        "snr_db": (-20.0, 80.0),
+    },
+    "room": {"probability": PROBABILITY, "rt60_s": (0.05, 2.0), "direct_db": (-10.0, 30.0)},
+    "level": {"active_dbov": (-60.0, -5.0)},
+    "send": {
+        "shape": ("mobile", "modified_irs", "irs", "g712", "band"),
+        "low_hz": (20.0, 1000.0), "high_hz": (2000.0, 3990.0),
+        "peak_count": ("0", "1", "2", "3"), "peak_hz": (100.0, 3900.0), "peak_db": (-20.0, 20.0),
+    },
+    "limiter": {
+        "kind": ("none", "agc", "hard_clip", "soft_clip"),
+        "drive_dbov": (-30.0, 6.0), "agc_target_dbov": (-40.0, -10.0),
+    },
+    "hop1": {
+        "codec": ("g711", "g722", *CODED, "none"),
+        "amr_kbps": ("12.2", "10.2", "7.95", "7.4", "6.7", "5.9", "5.15", "4.75"), "amr_dtx_probability": PROBABILITY,
+        "opus_kbps": ("6", "8", "12", "16", "24"), "g726_kbps": ("24", "32", "40"),
+    },
+    "packet_loss": {"probability": PROBABILITY, "preset": ("0.5/1.1", "1/1.5", "3/2", "5/2.5", "10/3")},
+    "hop2": {"codec": (*CODED, "none")},
+    "line": {
+        "noise_probability": PROBABILITY, "noise_kind": ("white", "pink"), "noise_dbm0": (-90.0, -20.0),
+        "hum_probability": PROBABILITY, "hum_dbm0": (-90.0, -20.0),
+        "echo_probability": PROBABILITY, "echo_loss_db": (5.0, 90.0), "echo_delay_ms": (1.0, 500.0),
+    },
+    "g711": {"law": ("alaw", "ulaw", "none")},
+    "recorder": {"codec": ("none", "gsm_fr", "mp3", "g726"), "mp3_kbps": ("8", "16", "24", "32")},
 }  # fmt: skip
+NAMES = [f"{section}.{item}" for section, items in SCHEMA.items() for item in items]
+# Where the bit rates of a codec that has several are.
+KBPS = {"amr_nb": "hop1.amr_kbps", "opus_nb": "hop1.opus_kbps", "g726": "hop1.g726_kbps", "mp3": "recorder.mp3_kbps"}
 
 
 def load_config(
-    path: str | Path,
-    preset: str | None = None,
-    codec_type: str | None = None,
-    low_freq: float | None = None,
-    high_freq: float | None = None,
-    snr_db_min: float | None = None,
-    snr_db_max: float | None = None,
-    no_noise: bool = False,
-    no_codec: bool = False,
-    own_noise: bool = False,
-    no_babble: bool = False,
-) -> dict[str, Any]:
+    path: str | Path, preset: str | None = None, codec_type: str | None = None,
+    low_freq: float | None = None, high_freq: float | None = None,
+    snr_db_min: float | None = None, snr_db_max: float | None = None,
+    no_noise: bool = False, no_codec: bool = False, own_noise: bool = False, no_babble: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Read and check the distributions, narrowed by what the arguments say; a mistake is a UserError, code 2."""
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        config = _sections(yaml.safe_load(Path(path).read_text(encoding="utf-8")), path)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not a readable YAML file: {error}", code=2) from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: no sections; take conf/telephone_channel.yaml as a pattern", code=2)
-    presets = config.pop("presets", None) or {}
+    presets = config.pop("presets", {})
     _check(config, path)
-    if preset is not None:
-        if preset not in presets:
-            raise UserError(f"{path}: no preset {preset}; it has {', '.join(presets) or 'none'}", code=2)
-        config = _merged(config, presets[preset])
-    if codec_type is not None:
-        if codec_type not in CODEC_TYPES:
-            raise UserError(f"no codec type {codec_type}; there are {', '.join(CODEC_TYPES)}", code=2)
-        config = _merged(config, CODEC_TYPES[codec_type])
-    if low_freq is not None or high_freq is not None:
-        edges = {"low_hz": low_freq, "high_hz": high_freq}
-        edges = {name: [hz, hz] for name, hz in edges.items() if hz is not None}
-        config = _merged(config, {"send": {"shape": {"band": 1}, "peak_count": {"0": 1}, **edges}})
+    changes: list[dict] = []
+    for name in filter(None, (preset, codec_type, no_noise and "no_noise", no_codec and "no_codec")):
+        if name not in presets:
+            raise UserError(f"{path}: no preset {name}; it has {', '.join(presets) or 'none'}", code=2)
+        changes.append(_sections(presets[name], path))
+    if low_freq is not None:
+        changes.append({"send": {"shape": {"band": 1}, "low_hz": [low_freq, low_freq]}})
+    if high_freq is not None:
+        changes.append({"send": {"shape": {"band": 1}, "high_hz": [high_freq, high_freq]}})
+    for change in changes:
+        for section, items in change.items():
+            config[section] = config.get(section, {}) | items
+    noise = config["noise"]
     if snr_db_min is not None or snr_db_max is not None:
-        config["noise"]["snr_db"] = _narrowed(config["noise"]["snr_db"], snr_db_min, snr_db_max)
-    for wanted, change in ((no_noise, NO_NOISE), (no_codec, NO_CODEC)):
-        config = _merged(config, change) if wanted else config
+        snr = noise["snr_db"]
+        low, high = (snr["min"], snr["max"]) if isinstance(snr, dict) else snr
+        noise["snr_db"] = [low if snr_db_min is None else snr_db_min, high if snr_db_max is None else snr_db_max]
     _check(config, path)
-    kind = config["noise"]["kind"]
+    for section, items in SCHEMA.items():  # shares in one order, so that rearranging the YAML changes no draw
+        for item, names in items.items():
+            if isinstance(names[0], str):
+                config[section][item] = {name: config[section][item].get(name, 0) for name in names}
     if no_babble:  # a corpus of one utterance has no other voices
-        kind["pink"] = kind.get("pink", 0) + kind.pop("babble", 0)
+        noise["kind"]["pink"] += noise["kind"].pop("babble")
     if own_noise:
-        share = config["noise"]["own_file_probability"]
-        config["noise"]["kind"] = {name: value * (1 - share) for name, value in kind.items()} | {"file": share}
+        share = noise["own_file_probability"]
+        noise["kind"] = {name: value * (1 - share) for name, value in noise["kind"].items()} | {"file": share}
     return config
 
 
@@ -141,27 +113,25 @@ def draw(config: dict[str, Any], seed: int, key: str, epoch: int | None = None) 
     """Draw the channel of one utterance: a plain JSON plan, a function of (seed, key, epoch) alone."""
     digest = hashlib.sha256(f"{seed}\0{key}\0{epoch}".encode("utf-8", "surrogatepass")).digest()
     number = int.from_bytes(digest[:6], "big")
-    uniform = np.random.default_rng(number).random(DRAWS)
+    # One number for each value, needed or not: narrowing one value leaves every other one as it was.
+    numbers = np.random.default_rng(number).random(len(NAMES) + 6).tolist()
+    uniform, spare = dict(zip(NAMES, numbers, strict=False)), numbers[len(NAMES) :]
 
     def value(name: str) -> Any:
         section, item = name.split(".")
-        return _quantile(SCHEMA[name], config[section][item], float(uniform[PLACES[name]]))
+        return _quantile(config[section][item], uniform[name])
 
     plan: dict[str, Any] = {"seed": seed, "epoch": epoch, "draw": number}
     if value("noise.probability"):
         plan["noise"] = {"kind": value("noise.kind"), "snr_db": value("noise.snr_db")}
     if value("room.probability"):
         plan["room"] = {"rt60_s": value("room.rt60_s"), "direct_db": value("room.direct_db")}
-    shape = value("send.shape")
-    plan["send"] = {"shape": shape}
-    if shape == "band":
+    plan["send"] = {"shape": value("send.shape")}
+    if plan["send"]["shape"] == "band":
         plan["send"] |= {"low_hz": value("send.low_hz"), "high_hz": value("send.high_hz")}
     elif count := int(value("send.peak_count")):
-        spare = [float(u) for u in uniform[len(SCHEMA) :]]
-        plan["send"]["peaks"] = [
-            [_quantile((), config["send"]["peak_hz"], spare[i]), _quantile((), config["send"]["peak_db"], spare[3 + i])]
-            for i in range(count)
-        ]
+        hz, db = config["send"]["peak_hz"], config["send"]["peak_db"]
+        plan["send"]["peaks"] = [[_quantile(hz, spare[i]), _quantile(db, spare[3 + i])] for i in range(count)]
     plan["active_dbov"] = value("level.active_dbov")
     limiter = value("limiter.kind")
     if limiter == "agc":
@@ -171,9 +141,16 @@ def draw(config: dict[str, Any], seed: int, key: str, epoch: int | None = None) 
         plan["active_dbov"] = value("limiter.drive_dbov")
     law = value("g711.law")
     for hop in ("hop1", "hop2", "recorder"):
-        if (codec := value(f"{hop}.codec")) != "none":
-            codec = f"g711_{'alaw' if law == 'none' else law}" if codec == "g711" else codec
-            plan[hop] = {"codec": codec, **_setting(codec, value)}
+        codec = value(f"{hop}.codec")
+        if codec == "none":
+            continue
+        if codec == "g711":
+            codec = "g711_ulaw" if law == "ulaw" else "g711_alaw"
+        plan[hop] = {"codec": codec}
+        if codec in KBPS:
+            plan[hop]["kbps"] = float(value(KBPS[codec]))
+        if codec == "amr_nb":
+            plan[hop]["dtx"] = value("hop1.amr_dtx_probability")
     if "hop1" in plan and value("packet_loss.probability"):
         percent, burst = value("packet_loss.preset").split("/")
         plan["packet_loss"] = {"percent": float(percent), "burst": float(burst)}
@@ -189,70 +166,58 @@ def draw(config: dict[str, Any], seed: int, key: str, epoch: int | None = None) 
 
 
 def apply(
-    config: dict[str, Any],
-    plan: dict[str, Any],
-    samples: np.ndarray,
-    fs: int,
-    output_fs: int,
-    babble: sounds.Source | None = None,
-    noise: sounds.Source | None = None,
-) -> np.ndarray:
-    """Send float samples at `fs` through the channel of `plan`; return float32 at `output_fs` on the 16-bit grid.
+    plan: dict[str, Any], samples: np.ndarray, fs: int, output_fs: int,
+    babble: sounds.Source | None = None, noise: sounds.Source | None = None, pcm: bool = False,
+) -> np.ndarray:  # fmt: skip
+    """Send float samples at `fs` Hz through the channel of `plan`; return them at `output_fs` on the 16-bit grid.
 
-    Adds to the plan what came of it: `measured` (level, packets lost, overshoots of the up-sampler) and the
-    keys of babble or noise files used. `babble` and `noise` give such noise (telephone.noise).
+    They are float32, or int16 with `pcm`. `babble` and `noise` make such noise where the plan has it (telephone.noise).
+    Adds to the plan what came of it: `measured` (level in dBov, packets lost, overshoots of the up-sampler) and the
+    keys of babble or noise files used.
     """
-    return from_pcm(apply_pcm(config, plan, samples, fs, output_fs, babble, noise))
-
-
-def apply_pcm(
-    config: dict[str, Any],
-    plan: dict[str, Any],
-    samples: np.ndarray,
-    fs: int,
-    output_fs: int,
-    babble: sounds.Source | None = None,
-    noise: sounds.Source | None = None,
-) -> np.ndarray:
-    """As `apply`, but int16 samples, to be written to a file."""
     # Only a wideband first hop needs more than the telephone band; every step before it is linear.
     working_fs = CODECS[plan["hop1"]["codec"]].fs if "hop1" in plan else TELEPHONE_FS
-    count = round(samples.size * TELEPHONE_FS / fs)
-    measured: dict[str, Any] = {}
-    speech = _mouth_to_line(plan, resample(samples, fs, working_fs), working_fs, babble, noise, measured)
+    plan["measured"] = {}
+    speech = resample(samples, fs, working_fs)
+    speech = _mouth_to_line(plan, speech, working_fs, {"babble": babble, "file": noise})
     speech = speech + sounds.converter(_generator(plan, 6), speech.size)
-    speech = _first_hop(plan, speech, count, measured)
+    if "hop1" in plan:
+        speech = _first_hop(plan, speech, round(samples.size * TELEPHONE_FS / fs))
     if "hop2" in plan:
-        speech = _coded(speech, plan["hop2"])
+        speech = _coded(speech, **plan["hop2"])
     speech = _line(plan, speech)
     if plan["g711"] != "none":
         speech = from_pcm(g711(to_pcm(speech), plan["g711"]))
     if "recorder" in plan:
-        speech = _coded(speech, plan["recorder"])
-    out, measured["overshoots"] = resample_counted(speech, TELEPHONE_FS, output_fs)
-    plan["measured"] = measured
-    return to_pcm(fitted(out, round(samples.size * output_fs / fs)))
+        speech = _coded(speech, **plan["recorder"])
+    out, plan["measured"]["overshoots"] = resample_counted(speech, TELEPHONE_FS, output_fs)
+    call = to_pcm(fitted(out, round(samples.size * output_fs / fs)))
+    return call if pcm else from_pcm(call)
 
 
-def _generator(plan: dict[str, Any], place: int) -> np.random.Generator:
+def _generator(plan: dict, place: int) -> np.random.Generator:
     """Every source of noise has its own generator, so that leaving one out changes no other."""
     return np.random.default_rng([plan["draw"], place])
 
 
-def _mouth_to_line(
-    plan: dict, speech: np.ndarray, fs: int, babble: sounds.Source | None, noise: sounds.Source | None, measured: dict
-) -> np.ndarray:
+def _mouth_to_line(plan: dict, speech: np.ndarray, fs: int, sources: dict[str, sounds.Source | None]) -> np.ndarray:
     """Room, send response, noise, level and limiter. Level and SNR are those of the line, after the send response."""
     if "room" in plan:
         speech = filters.room(_generator(plan, 1), speech, fs, **plan["room"])
-    speech = _send(plan, speech, fs)
+    speech = filters.send(speech, fs, **plan["send"])
     active = sounds.active_level(speech, fs)
-    measured["sent_dbov"] = round(active, 2) if active > sounds.SILENT_DBOV else None
+    plan["measured"]["sent_dbov"] = None
     if active > sounds.SILENT_DBOV:
+        plan["measured"]["sent_dbov"] = round(active, 2)
         speech = speech * np.float32(sounds.db_to_gain(plan["active_dbov"] - active))
     if "noise" in plan:
-        around = _around(plan["noise"], _generator(plan, 2), speech.size, fs, {"babble": babble, "file": noise})
-        speech = speech + sounds.at_level(_send(plan, around, fs), plan["active_dbov"] - plan["noise"]["snr_db"])
+        rng, kind = _generator(plan, 2), plan["noise"]["kind"]
+        if kind in sources:
+            around, plan["noise"]["sources"] = sources[kind](rng, speech.size, fs)
+        else:
+            around = sounds.coloured(rng, kind, speech.size, fs)
+        around = filters.send(around, fs, **plan["send"])
+        speech = speech + sounds.at_level(around, plan["active_dbov"] - plan["noise"]["snr_db"])
     if "limiter" not in plan:
         return speech
     if plan["limiter"]["kind"] == "agc":
@@ -260,44 +225,22 @@ def _mouth_to_line(
     return filters.limit(speech, plan["limiter"]["kind"])
 
 
-def _send(plan: dict, samples: np.ndarray, fs: int) -> np.ndarray:
-    response = plan["send"]
-    edges = response.get("low_hz", 0.0), response.get("high_hz", 0.0)
-    return filters.send(samples, fs, response["shape"], *edges, response.get("peaks"))
-
-
-def _around(drawn: dict, rng: np.random.Generator, count: int, fs: int, sources: dict) -> np.ndarray:
-    """Noise around the talker; what recordings it is made of goes into the plan."""
-    if drawn["kind"] in ("white", "pink"):
-        return sounds.coloured(rng, drawn["kind"], count, fs)
-    source = sources[drawn["kind"]]
-    if source is None:
-        raise ValueError(f"the channel has {drawn['kind']} noise, but no source of it was given to apply()")
-    samples, drawn["sources"] = source(rng, count, fs)
-    return samples
-
-
-def _first_hop(plan: dict, speech: np.ndarray, count: int, measured: dict) -> np.ndarray:
+def _first_hop(plan: dict, speech: np.ndarray, count: int) -> np.ndarray:
     """Hop 1 and the packets it loses: inside the stream of AMR-NB, concealed on decoded speech for the others."""
-    if "hop1" not in plan:
-        return speech
     codec, lost = CODECS[plan["hop1"]["codec"]], None
     if "packet_loss" in plan:
         packets = -(-count // packet_loss.PACKET)
         rate, burst = plan["packet_loss"]["percent"] / 100, plan["packet_loss"]["burst"]
         lost = packet_loss.lost_packets(_generator(plan, 3), packets, rate, burst)
-        measured["packets"], measured["packets_lost"] = packets, int(lost.sum())
-    speech = _coded(speech, plan["hop1"], lost if codec.loses else None)
-    speech = fitted(resample(speech, codec.fs, TELEPHONE_FS), count)
-    return speech if lost is None or codec.loses else packet_loss.conceal(speech, lost, packet_loss.PACKET)
-
-
-def _coded(speech: np.ndarray, hop: dict, lost: np.ndarray | None = None) -> np.ndarray:
-    codec = CODECS[hop["codec"]]
-    settings = {name: hop[name] for name in ("kbps", "dtx") if name in hop}
+        plan["measured"] |= {"packets": packets, "packets_lost": int(lost.sum())}
     if codec.loses:
-        settings["lost"] = lost
-    return from_pcm(fitted(codec.code(to_pcm(speech), **settings), speech.size))
+        return _coded(speech, lost=lost, **plan["hop1"])
+    speech = fitted(resample(_coded(speech, **plan["hop1"]), codec.fs, TELEPHONE_FS), count)
+    return speech if lost is None else packet_loss.conceal(speech, lost, packet_loss.PACKET)
+
+
+def _coded(speech: np.ndarray, codec: str, **settings: Any) -> np.ndarray:
+    return from_pcm(fitted(CODECS[codec].code(to_pcm(speech), **settings), speech.size))
 
 
 def _line(plan: dict, speech: np.ndarray) -> np.ndarray:
@@ -305,110 +248,61 @@ def _line(plan: dict, speech: np.ndarray) -> np.ndarray:
     if "echo_ms" in line:
         speech = filters.echo(speech, TELEPHONE_FS, line["echo_ms"], line["echo_loss_db"])
     if "hum_dbm0" in line:
-        level = line["hum_dbm0"] - sounds.DBM0
-        speech = speech + sounds.at_level(sounds.hum(_generator(plan, 4), speech.size, TELEPHONE_FS), level)
+        hum = sounds.hum(_generator(plan, 4), speech.size, TELEPHONE_FS)
+        speech = speech + sounds.at_level(hum, line["hum_dbm0"] - sounds.DBM0)
     if "noise" in line:
         hiss = sounds.coloured(_generator(plan, 5), line["noise"], speech.size, TELEPHONE_FS)
         speech = speech + sounds.at_level(hiss, line["noise_dbm0"] - sounds.DBM0)
     return speech
 
 
-def _setting(codec: str, value: Any) -> dict[str, Any]:
-    """The bit rate of a codec that has several."""
-    if codec == "amr_nb":
-        return {"kbps": float(value("hop1.amr_kbps")), "dtx": value("hop1.amr_dtx_probability")}
-    names = {"opus_nb": "hop1.opus_kbps", "g726": "hop1.g726_kbps", "mp3": "recorder.mp3_kbps"}
-    return {"kbps": float(value(names[codec]))} if codec in names else {}
-
-
-def _quantile(kind: str | tuple, given: Any, uniform: float) -> Any:
+def _quantile(given: Any, uniform: float) -> Any:
     """The value of a distribution at `uniform` in [0, 1)."""
-    if kind == "probability":
+    if isinstance(given, list):
+        return round(given[0] + uniform * (given[1] - given[0]), 3)
+    if not isinstance(given, dict):
         return uniform < given
-    if kind and isinstance(kind[0], str):
-        # In the schema's order, so that rearranging the YAML changes nothing.
-        total = 0.0
-        for name in kind:
-            total += given.get(name, 0)
-            if uniform < total:
-                return name
-        return max(given, key=given.get)
-    if isinstance(given, dict):
-        normal = NormalDist(given["mean"], max(given["std"], 1e-9)).inv_cdf(min(max(uniform, 1e-9), 1 - 1e-9))
+    if "mean" in given:
+        normal = NormalDist(given["mean"], max(given["std"], 1e-9)).inv_cdf(max(uniform, 1e-9))
         return round(min(max(normal, given["min"]), given["max"]), 3)
-    return round(given[0] + uniform * (given[1] - given[0]), 3)
+    shares = np.cumsum(list(given.values()))
+    return list(given)[np.searchsorted(shares / shares[-1], uniform, side="right")]
 
 
-def _merged(config: dict, changes: dict) -> dict:
-    """The sections of `changes` over `config`, value by value; an unknown one is left for _check to name."""
-    merged = copy.deepcopy(config)
-    for section, items in changes.items():
-        merged[section] = {**merged.get(section, {}), **items} if isinstance(items, dict) else items
-    return merged
+def _sections(loaded: Any, path: str | Path) -> dict[str, dict]:
+    if not isinstance(loaded, dict) or not all(isinstance(items, dict) for items in loaded.values()):
+        raise UserError(f"{path}: not sections of values; take conf/telephone_channel.yaml as a pattern", code=2)
+    return loaded
 
 
-def _narrowed(given: Any, low: float | None, high: float | None) -> Any:
-    """A range held within low..high; where a normal distribution would lie outside, its mean moves inside."""
-    if isinstance(given, dict):
-        narrowed = dict(given)
-        narrowed["min"] = given["min"] if low is None else low
-        narrowed["max"] = given["max"] if high is None else high
-        if not narrowed["min"] <= given["mean"] <= narrowed["max"]:
-            narrowed["mean"] = (narrowed["min"] + narrowed["max"]) / 2
-        return narrowed
-    return [given[0] if low is None else low, given[1] if high is None else high]
-
-
-def _check(config: dict[str, Any], path: str | Path) -> None:
-    def wrong(name: str, what: str) -> UserError:
-        return UserError(f"{path}: {name}: {what}", code=2)
-
-    known = {name.split(".")[0] for name in SCHEMA}
-    for section, items in config.items():
-        if section not in known:
-            raise wrong(str(section), f"unknown section; there are {', '.join(sorted(known))}")
-        if not isinstance(items, dict):
-            raise wrong(section, "not a section with values")
-        for item in items:
-            if f"{section}.{item}" not in SCHEMA:
-                raise wrong(f"{section}.{item}", "unknown key")
-    for name, kind in SCHEMA.items():
+def _check(config: dict[str, dict], path: str | Path) -> None:
+    given = {f"{section}.{item}": value for section, items in config.items() for item, value in items.items()}
+    for name in [*given, *NAMES]:
+        if name not in given or name not in NAMES:
+            raise UserError(f"{path}: {name} is {'missing' if name in NAMES else 'unknown'}", code=2)
         section, item = name.split(".")
-        if item not in config.get(section, {}):
-            raise wrong(name, "missing")
-        problem = _problem(kind, config[section][item])
-        if problem:
-            raise wrong(name, problem)
+        allowed = SCHEMA[section][item]
+        try:
+            fits = _fits(given[name], allowed)
+        except (AttributeError, LookupError, TypeError, ValueError):  # no numbers, or too few
+            fits = False
+        if isinstance(allowed[0], str):
+            wanted = f"{{name: share}}, summing to 1, of {', '.join(allowed)}"
+        elif allowed == PROBABILITY:
+            wanted = "a probability from 0 to 1"
+        else:
+            wanted = f"[from, to] or {{mean, std, min, max}} within {allowed[0]:g}..{allowed[1]:g}"
+        if not fits:
+            raise UserError(f"{path}: {name}: {given[name]} is not {wanted}", code=2)
 
 
-def _problem(kind: str | tuple, given: Any) -> str | None:
-    """What is wrong with a value, or None."""
-    if kind == "probability":
-        return None if _number(given) and 0 <= given <= 1 else f"{given} is not a probability from 0 to 1"
-    if isinstance(kind[0], str):
-        if not isinstance(given, dict) or not given:
-            return "not a list of name: share"
-        unknown = [str(name) for name in given if name not in kind]
-        if unknown:
-            return f"unknown {unknown[0]}; there are {', '.join(kind)}"
-        if not all(_number(share) and share >= 0 for share in given.values()):
-            return "a share is not a number from 0 to 1"
-        total = sum(given.values())
-        return None if abs(total - 1) < 1e-6 else f"the shares sum to {total:g}, not to 1"
+def _fits(given: Any, allowed: tuple) -> bool:
+    if isinstance(allowed[0], str):
+        return set(given) <= set(allowed) and min(given.values()) >= 0 and abs(sum(given.values()) - 1) < 1e-6
+    if allowed == PROBABILITY:
+        return 0 <= given <= 1
     if isinstance(given, dict):
-        if set(given) != {"mean", "std", "min", "max"} or not all(_number(v) for v in given.values()):
-            return "a normal distribution has numbers for mean, std, min and max"
-        low, high = given["min"], given["max"]
-        if given["std"] < 0 or not low <= given["mean"] <= high:
-            return f"mean {given['mean']} is not within min {low} and max {high}, or std is negative"
-    elif isinstance(given, list) and len(given) == 2 and all(_number(v) for v in given):
-        low, high = given
-    else:
-        return "neither [from, to] nor {mean, std, min, max}"
-    if low > high:
-        return f"min {low} is above max {high}"
-    return None if kind[0] <= low and high <= kind[1] else f"{low}..{high} is outside {kind[0]:g}..{kind[1]:g}"
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        ordered = allowed[0] <= given["min"] <= given["mean"] <= given["max"] <= allowed[1]
+        return ordered and given["std"] >= 0
+    low, high = given
+    return allowed[0] <= low <= high <= allowed[1]

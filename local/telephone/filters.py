@@ -1,10 +1,9 @@
 """What a telephone does to speech before it is coded: send response, room, limiter, gain control, echo.
 
-The send responses are linear-phase FIR filters designed here to the shapes ITU-T publishes (P.48 IRS, P.830
-modified IRS, G.712, the mobile high-pass), with random peaks for cheap or worn handsets. Their delay is taken
-out again, so that transcripts stay aligned.
+The send responses are linear-phase FIR filters of the shapes ITU-T publishes (P.48 IRS, P.830 modified IRS, G.712,
+the mobile high-pass). Their delay is taken out again, so that transcripts stay aligned.
 
-    samples = send(samples, 8000, "irs", low_hz=250, high_hz=3400)
+    samples = send(samples, 8000, "irs", peaks=[[2100, 4]])
 """
 
 from __future__ import annotations
@@ -25,10 +24,11 @@ SHAPES = {
     "g712": (-30, -25, -30, -11, -5, -1.5, 0, 0.5, 0, 0, 0, 0, 0, 0, -1, -6, -31, -45),
     "mobile": (-30, -25, -13, -5.5, -2.5, -1, 0, 0, 0, 0, 0, 0, 0, 0, -1, -4, -12, -26),
 }
-TAPS = 255  # at 8 kHz: 31 Hz between the points a filter can follow
 
 
-def send(samples: np.ndarray, fs: int, shape: str, low_hz: float, high_hz: float, peaks: list | None) -> np.ndarray:
+def send(
+    samples: np.ndarray, fs: int, shape: str, low_hz: float = 0.0, high_hz: float = 0.0, peaks: list | None = None
+) -> np.ndarray:
     """Apply a send response: a shape of SHAPES with its peaks, or `band`, a plain band-pass low_hz..high_hz.
 
     `peaks` is a list of [Hz, dB]. At 16 kHz (a wideband leg) a shape goes on flat from 3150 Hz to 7 kHz.
@@ -48,16 +48,15 @@ def _band(fs: int, low_hz: float, high_hz: float) -> np.ndarray:
 @functools.lru_cache(maxsize=64)
 def _shape(fs: int, shape: str, peaks: tuple[tuple[float, float], ...]) -> np.ndarray:
     grid = np.linspace(0.0, fs / 2, 513)
-    if fs == 8000:
-        decibels = np.interp(grid, FREQUENCIES, SHAPES[shape])
-    else:
-        narrow = [(hz, db) for hz, db in zip(FREQUENCIES, SHAPES[shape], strict=True) if hz <= 3150]
-        wide = [*narrow, (7000, narrow[-1][1]), (fs / 2, -40.0)]
-        decibels = np.interp(grid, *zip(*wide, strict=True))
+    points = list(zip(FREQUENCIES, SHAPES[shape], strict=True))
+    if fs > 8000:
+        narrow = [(hz, db) for hz, db in points if hz <= 3150]
+        points = [*narrow, (7000, narrow[-1][1]), (fs / 2, -40.0)]
+    decibels = np.interp(grid, *zip(*points, strict=True))
     for hz, db in peaks:
         # Half an octave wide, as a resonance of a small enclosure is.
         decibels = decibels + db * np.exp(-0.5 * (np.log2(np.maximum(grid, 1.0) / hz) / 0.35) ** 2)
-    taps = TAPS * fs // 8000 | 1
+    taps = 255 * fs // 8000 | 1  # 31 Hz between the points a filter can follow
     return firwin2(taps, grid / (fs / 2), 10 ** (decibels / 20)).astype(np.float32)
 
 
@@ -80,7 +79,7 @@ def limit(samples: np.ndarray, kind: str) -> np.ndarray:
     return np.where(size > 0.5, np.copysign(bent, samples), samples).astype(np.float32)
 
 
-def agc(samples: np.ndarray, fs: int, target_dbov: float, most_db: float = 15.0) -> np.ndarray:
+def agc(samples: np.ndarray, fs: int, target_dbov: float) -> np.ndarray:
     """Automatic gain control towards `target_dbov`: quick to turn down, slow to turn up, still in pauses."""
     block = fs // 100
     blocks = -(-samples.size // block)
@@ -90,7 +89,7 @@ def agc(samples: np.ndarray, fs: int, target_dbov: float, most_db: float = 15.0)
     gains, gain = np.empty(blocks), 0.0
     for i, level in enumerate(levels):
         if level > gate:
-            wanted = min(max(target_dbov - level, -most_db), most_db)
+            wanted = min(max(target_dbov - level, -15.0), 15.0)  # as much as G.169 allows
             gain += (wanted - gain) * (0.2 if wanted < gain else 0.01)
         gains[i] = gain
     smooth = np.interp(np.arange(samples.size), (np.arange(blocks) + 0.5) * block, gains)
@@ -99,8 +98,5 @@ def agc(samples: np.ndarray, fs: int, target_dbov: float, most_db: float = 15.0)
 
 def echo(samples: np.ndarray, fs: int, delay_ms: float, loss_db: float) -> np.ndarray:
     """The talker's own voice, coming back from the far hybrid `delay_ms` later and `loss_db` weaker."""
-    delay = round(fs * delay_ms / 1000)
-    out = samples.copy()
-    if 0 < delay < samples.size:
-        out[delay:] += samples[:-delay] * np.float32(db_to_gain(-loss_db))
-    return out
+    late = np.pad(samples, (round(fs * delay_ms / 1000), 0))[: samples.size]
+    return samples + late * np.float32(db_to_gain(-loss_db))

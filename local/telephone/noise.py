@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from scipy.ndimage import maximum_filter1d
@@ -26,8 +26,6 @@ from telephone.resample import resample
 
 DBM0 = 6.15  # dBm0 of a signal at 0 dBov, A-law
 SILENT_DBOV = -70.0  # speech this faint is lost in 16-bit rounding and the idle noise of an A-law line, -72 dBov
-BLOCK_S = 0.005  # P.56's 30 ms envelope changes little in 5 ms
-LONGEST_S = 10.0  # as much of a voice as is kept in memory for babble
 
 Source = Callable[[np.random.Generator, int, int], tuple[np.ndarray, list[str]]]
 
@@ -49,15 +47,16 @@ def active_level(samples: np.ndarray, fs: int) -> float:
     The envelope has two time constants of 30 ms, a hangover of 200 ms bridges the gaps inside words, and the
     threshold lies 15.9 dB below the level it yields: levels are comparable however long the pauses are.
     """
-    block = max(1, round(fs * BLOCK_S))
+    block_s = 0.005  # P.56's 30 ms envelope changes little in 5 ms
+    block = max(1, round(fs * block_s))
     whole = samples[: samples.size // block * block].reshape(-1, block)
     energy = np.einsum("ij,ij->i", whole, whole, dtype=np.float64)
     if whole.size == 0 or energy.sum() <= 0:
         return rms_level(samples)
-    keep = math.exp(-BLOCK_S / 0.03)
+    keep = math.exp(-block_s / 0.03)
     envelope = np.abs(whole).mean(axis=1, dtype=np.float64)
     envelope = lfilter([(1 - keep) ** 2], [1, -2 * keep, keep * keep], envelope)
-    hangover = round(0.2 / BLOCK_S)
+    hangover = round(0.2 / block_s)
     held = np.sort(maximum_filter1d(envelope, hangover, origin=hangover // 2 - 1, mode="constant"))
     thresholds = np.arange(-98.0, 0.0, 2.0)
     active = held.size - np.searchsorted(held, 10 ** (thresholds / 20))
@@ -85,8 +84,7 @@ def coloured(rng: np.random.Generator, kind: str, count: int, fs: int) -> np.nda
 def converter(rng: np.random.Generator, count: int) -> np.ndarray:
     """The last bits of a telephone's analogue-to-digital converter: -3, -1, 1 or 3 steps of 16 bits, -77 dBm0.
 
-    Digital silence never enters a call: without these bits A-law would turn it into a constant, and log-mel into
-    its floor; with them it idles at +-8, as lines do.
+    Without them A-law would turn digital silence into a constant; with them it idles at +-8, as lines do.
     """
     bits = rng.integers(0, 256, count, dtype=np.uint8) >> 6
     return bits * np.float32(2 / 32768) - np.float32(3 / 32768)
@@ -112,37 +110,35 @@ def hum(rng: np.random.Generator, count: int, fs: int) -> np.ndarray:
 
 
 class Recording(NamedTuple):
-    """Speech or noise to mix in: the name it is written down by, and where it is."""
+    """Speech or noise to mix in: the key it is written down by, and where it is, as in a row of a corpus."""
 
-    name: str
-    path: str
+    key: str
+    source: str
     channel: int | None = None
     start: float | None = None
     end: float | None = None
 
-    @classmethod
-    def of(cls, row: dict[str, Any]) -> Recording:
-        """The recording of a row of a manifest or of babble_pool_*.jsonl."""
-        return cls(row["key"], row["source"], row.get("channel"), row.get("start"), row.get("end"))
-
-    def cut(self) -> dict[str, Any]:
-        """Which part of the file it is, as fields of a row."""
-        fields = {"channel": self.channel, "start": self.start, "end": self.end}
-        return {name: value for name, value in fields.items() if value is not None}
-
 
 def babble_source(voices: Sequence[Recording], exclude: str | None = None) -> Source:
     """Babble of three to seven of the utterances, never of the one named `exclude`, which it is mixed with."""
-    others = [voice for voice in voices if voice.name != exclude] or list(voices)
+    others = [voice for voice in voices if voice.key != exclude] or list(voices)
 
     def babble(rng: np.random.Generator, count: int, fs: int) -> tuple[np.ndarray, list[str]]:
         chosen = rng.choice(len(others), size=min(len(others), int(rng.integers(3, 8))), replace=False)
         mix = np.zeros(count, np.float32)
         for i in chosen:
-            mix += _excerpt(rng, _voice(others[i], fs), count) * np.float32(db_to_gain(rng.uniform(-6, 0)))
-        return mix, [others[i].name for i in chosen]
+            voice = _voice(others[i], fs)
+            start = int(rng.integers(voice.size))
+            mix += np.resize(np.roll(voice, -start), count) * np.float32(db_to_gain(rng.uniform(-6, 0)))
+        return mix, [others[i].key for i in chosen]
 
     return babble
+
+
+@functools.lru_cache(maxsize=256)
+def _voice(voice: Recording, fs: int) -> np.ndarray:
+    samples, rate = audio.read(*voice[1:])
+    return at_level(resample(samples[: 10 * rate], rate, fs), 0.0)  # 10 s of each is all that is kept in memory
 
 
 def file_source(recordings: Sequence[Recording]) -> Source:
@@ -150,11 +146,11 @@ def file_source(recordings: Sequence[Recording]) -> Source:
 
     def noise(rng: np.random.Generator, count: int, fs: int) -> tuple[np.ndarray, list[str]]:
         chosen = recordings[int(rng.integers(len(recordings)))]
-        length = audio.length(chosen.path)
+        length = audio.length(chosen.source)
         seconds = length.samples / length.rate
         start = float(rng.uniform(0.0, max(0.0, seconds - count / fs)))
-        samples, rate = audio.read(chosen.path, None, start, min(start + count / fs + 0.01, seconds))
-        return np.resize(resample(samples, rate, fs), count), [chosen.name]
+        samples, rate = audio.read(chosen.source, None, start, min(start + count / fs + 0.01, seconds))
+        return np.resize(resample(samples, rate, fs), count), [chosen.key]
 
     return noise
 
@@ -165,39 +161,19 @@ def read_scp(path: str | os.PathLike) -> list[Recording]:
     if not path.is_file():
         raise UserError(f"the noise list {path} does not exist", code=2)
     recordings = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), 1):
-        name, _, source = line.strip().replace("\t", " ").partition(" ")
-        source = source.strip()
+    for line in filter(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        key, *source = line.split(maxsplit=1)
+        place = "".join(source).strip()
         # Kaldi's relative paths start where the recipe is run; a list beside its files is common too.
-        places = [source, os.path.join(path.parent, source)]
-        found = next((os.path.abspath(place) for place in places if os.path.isfile(place)), None)
-        if name and found is None:
-            raise UserError(f"{path}:{number}: {source or name!r} is not a file; a line is `name path`", code=2)
-        recordings += [Recording(name, found)] if name else []
+        place = os.path.abspath(place if os.path.isfile(place) else path.parent / place)
+        try:
+            audio.length(place)
+        except audio.AudioError as error:
+            raise UserError(f"{path}: {key}: {error}; a line is `name path`", code=2) from error
+        recordings.append(Recording(key, place))
     if not recordings:
         raise UserError(f"the noise list {path} is empty; a line is `name path`", code=2)
-    for recording in recordings:
-        try:
-            audio.length(recording.path)
-        except audio.AudioError as error:
-            raise UserError(f"{path}: {recording.name}: {error}", code=2) from error
     return recordings
-
-
-def _excerpt(rng: np.random.Generator, samples: np.ndarray, count: int) -> np.ndarray:
-    """`count` samples from a random place on, going round at the end."""
-    start = int(rng.integers(samples.size))
-    part = samples[start : start + count]
-    return part if part.size == count else np.resize(np.roll(samples, -start), count)
-
-
-@functools.lru_cache(maxsize=256)
-def _voice(voice: Recording, fs: int) -> np.ndarray:
-    start = voice.start or 0.0
-    length = audio.length(voice.path, voice.channel, voice.start, voice.end)
-    end = start + min(length.samples / length.rate, LONGEST_S)
-    samples, rate = audio.read(voice.path, voice.channel, start, end)
-    return at_level(resample(samples, rate, fs), 0.0)
 
 
 # What a call holds while nobody speaks; a recogniser must write nothing.
@@ -208,34 +184,19 @@ def render_probe(kind: str, plan: dict, fs: int = 8000) -> np.ndarray:
     """3 to 15 s of a call without speech, the plan of its channel changed to fit."""
     rng = np.random.default_rng([plan["draw"], 9])
     count = int(fs * rng.uniform(3.0, 15.0))
+    time = np.arange(count) / fs
     plan["probe"] = kind
     if kind == "hum":
         plan["line"]["hum_dbm0"] = round(float(rng.uniform(-50.0, -35.0)), 3)
     if kind == "loss":
-        plan["hop1"] = {"codec": "g711_alaw"}
-        plan["packet_loss"] = {"percent": 10.0, "burst": 3.0}
+        plan |= {"hop1": {"codec": "g711_alaw"}, "packet_loss": {"percent": 10.0, "burst": 3.0}}
         plan.setdefault("noise", {"kind": "pink", "snr_db": 15.0})
-    if kind == "ringback":
-        return _tone(count, fs, 1.0, 4.0)
-    if kind == "busy":
-        return _tone(count, fs, 0.35, 0.35)
-    return _music(rng, count, fs) if kind == "music" else np.zeros(count, np.float32)
-
-
-def _tone(count: int, fs: int, on_s: float, off_s: float) -> np.ndarray:
-    """450 Hz, the tone of Chinese exchanges, on and off."""
-    time = np.arange(count) / fs
-    return (0.3 * np.sin(2 * np.pi * 450.0 * time) * (time % (on_s + off_s) < on_s)).astype(np.float32)
-
-
-def _music(rng: np.random.Generator, count: int, fs: int) -> np.ndarray:
-    """Music on hold: a chord of three decaying notes every half second."""
-    beat, out = fs // 2, np.zeros(count, np.float32)
-    time = np.arange(beat) / fs
-    for start in range(0, count, beat):
-        root = 220.0 * 2 ** (int(rng.choice([0, 3, 5, 7, 10])) / 12)
-        third = 2 ** (int(rng.choice([3, 4])) / 12)
-        notes = [ratio * root * partial for ratio in (1.0, third, 1.5) for partial in (1, 2, 3)]
-        chord = sum(np.sin(2 * np.pi * note * time) / note for note in notes) * np.exp(-3.0 * time)
-        out[start : start + beat] = chord[: count - start]
-    return out * np.float32(0.3 / max(1e-9, np.abs(out).max()))
+    if kind in ("ringback", "busy"):  # the 450 Hz of Chinese exchanges, on and off
+        on_s, period_s = {"ringback": (1.0, 5.0), "busy": (0.35, 0.7)}[kind]
+        return (0.3 * np.sin(2 * np.pi * 450.0 * time) * (time % period_s < on_s)).astype(np.float32)
+    if kind == "music":  # on hold: a chord of three decaying notes every half second
+        roots = 220.0 * 2 ** (rng.choice([0, 3, 5, 7, 10], 31) / 12)
+        root = roots[(2 * time).astype(int)]
+        chord = sum(np.sin(2 * np.pi * ratio * root * time) for ratio in (1.0, 1.25, 1.5))
+        return (0.1 * chord * np.exp(-3.0 * (time % 0.5))).astype(np.float32)
+    return np.zeros(count, np.float32)

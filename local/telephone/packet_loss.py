@@ -25,8 +25,6 @@ def lost_packets(rng: np.random.Generator, count: int, loss: float, burst: float
     Two states, p = P(good -> bad), r = P(bad -> good): loss = p / (p + r), burst = 1 / r.
     """
     lost = np.zeros(count, bool)
-    if loss <= 0 or count == 0:
-        return lost
     r = 1.0 / burst
     p = loss * r / (1.0 - loss)
     position = 0
@@ -48,72 +46,53 @@ def conceal(samples: np.ndarray, lost: np.ndarray, packet: int) -> np.ndarray:
     """Replace lost packets of `packet` samples by what a receiver with concealment plays (8 kHz speech)."""
     out = samples.copy()
     for first, count in bursts(lost):
-        start, end = first * packet, min((first + count) * packet, out.size)
-        if start < end:
-            _fill(out, start, end)
+        _fill(out, first * packet, min((first + count) * packet, out.size))
     return out
 
 
 def _fill(out: np.ndarray, start: int, end: int) -> None:
     """Fill out[start:end] from what came before, and cross-fade into what follows."""
-    history = np.zeros(HISTORY, out.dtype)
-    known = min(start, HISTORY)
-    if known:
-        history[-known:] = out[start - known : start]
+    known = out[max(0, start - HISTORY) : start]
+    history = np.pad(known, (HISTORY - known.size, 0))
     pitch = _pitch(history)
     quarter = pitch // 4
     lost_frames = -(-(end - start) // FRAME)
     # Coming back: a quarter period, 4 ms more for each further lost frame, at most 10 ms.
     rejoin = min(quarter + 32 * (lost_frames - 1), FRAME, out.size - end)
     length = end - start + rejoin
-    repeated = _repeat(history, pitch, length)
     fade = np.clip(1.0 - 0.2 * (np.arange(length) / FRAME - 1.0), 0.0, 1.0).astype(out.dtype)
-    repeated *= fade
+    repeated = _repeat(history, pitch, length) * fade
     # The receiver plays 3.75 ms late, so that it can lead into the first repeated period before the gap.
     lead = min(quarter, start)
-    if lead:
-        ramp = _ramp(lead, out.dtype)
-        before = history[HISTORY - pitch - lead : HISTORY - pitch]
-        out[start - lead : start] = out[start - lead : start] * (1 - ramp) + before * ramp
+    out[start - lead : start] = _faded(out[start - lead : start], history[HISTORY - pitch - lead : HISTORY - pitch])
     out[start:end] = repeated[: end - start]
-    if rejoin:
-        ramp = _ramp(rejoin, out.dtype)
-        out[end : end + rejoin] = repeated[end - start :] * (1 - ramp) + out[end : end + rejoin] * ramp
+    out[end : end + rejoin] = _faded(repeated[end - start :], out[end : end + rejoin])
 
 
 def _pitch(history: np.ndarray) -> int:
     """Lag of the highest normalised correlation of the last 20 ms with what came 5 to 15 ms before."""
-    window = 2 * FRAME
-    recent = history[-window:].astype(np.float64)
-    past = sliding_window_view(history[HISTORY - window - LONGEST_PITCH : -SHORTEST_PITCH].astype(np.float64), window)
-    energy = np.einsum("ij,ij->i", past, past)
-    correlation = past @ recent / np.sqrt(energy + 1e-9)
+    recent = history[-2 * FRAME - LONGEST_PITCH :].astype(np.float64)
+    past = sliding_window_view(recent[:-SHORTEST_PITCH], 2 * FRAME)
+    correlation = past @ recent[-2 * FRAME :] / np.sqrt(np.einsum("ij,ij->i", past, past) + 1e-9)
     return LONGEST_PITCH - int(np.argmax(correlation))
 
 
 def _repeat(history: np.ndarray, pitch: int, length: int) -> np.ndarray:
     """`length` samples of the last one, two, then three pitch periods, cross-faded where the number changes."""
-    quarter = pitch // 4
-    out = np.empty(length, history.dtype)
-    for periods in (1, 2, 3):
-        begin = (periods - 1) * FRAME
-        if begin >= length:
-            break
+    quarter, out = pitch // 4, np.empty(length, history.dtype)
+    for periods, begin in enumerate(range(0, min(length, 3 * FRAME), FRAME), 1):
         span = periods * pitch
         cycle = history[HISTORY - span :].copy()
         # The end of the cycle leads into its own beginning: fade into what came before that beginning.
-        ramp = _ramp(quarter, history.dtype)
-        cycle[-quarter:] = cycle[-quarter:] * (1 - ramp) + history[HISTORY - span - quarter : HISTORY - span] * ramp
+        cycle[-quarter:] = _faded(cycle[-quarter:], history[HISTORY - span - quarter : HISTORY - span])
         # Continue at the phase reached so far, so that only the number of periods changes, not the pitch.
-        offset = begin % pitch
-        new = np.resize(np.roll(cycle, -offset), length - begin)
+        new = np.resize(np.roll(cycle, -(begin % pitch)), length - begin)
         if begin:
-            join = min(quarter, length - begin)
-            ramp = _ramp(join, history.dtype)
-            new[:join] = out[begin : begin + join] * (1 - ramp) + new[:join] * ramp
+            new[:quarter] = _faded(out[begin : begin + quarter], new[:quarter])
         out[begin:] = new
     return out
 
 
-def _ramp(count: int, dtype: np.dtype) -> np.ndarray:
-    return ((np.arange(count) + 0.5) / count).astype(dtype)
+def _faded(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    ramp = ((np.arange(after.size) + 0.5) / after.size).astype(after.dtype)
+    return before * (1 - ramp) + after * ramp

@@ -28,12 +28,9 @@ def resample_counted(samples: np.ndarray, fs_in: int, fs_out: int) -> tuple[np.n
     if fs_in == fs_out:
         return samples, 0
     wanted = round(samples.size * fs_out / fs_in)
-    out = soxr.resample(samples, fs_in, fs_out, quality="HQ")
-    if out.size < wanted:
-        out = np.pad(out, (0, wanted - out.size))
-    out = out[:wanted]
+    out = soxr.resample(samples, fs_in, fs_out, quality="HQ")[:wanted]
+    out = np.pad(out, (0, wanted - out.size))
     peak = max(float(out.max(initial=0.0)), -float(out.min(initial=0.0)))
     if peak < 1.0:
         return out, 0
-    overshoots = int(np.count_nonzero(np.abs(out) >= 1.0))
-    return out * np.float32(0.999 / peak), overshoots
+    return out * np.float32(0.999 / peak), int(np.count_nonzero(np.abs(out) >= 1.0))
