@@ -57,7 +57,7 @@ SETS = {
 }
 # What makes texts of a pattern many, so that some can be held out.
 SLOT = re.compile(r"\{(digits|phone|amount|date|few)\}")
-ROUGHEN = {"low_pass_share": 0.4, "low_pass_hz": (3300, 7000), "noise_share": 0.4, "snr_db": (12, 35)}
+ROUGHEN = {"low_pass_share": 0.2, "low_pass_hz": (4500, 7500), "noise_share": 0.3, "snr_db": (15, 40)}
 
 
 def say_number(value: int) -> str:

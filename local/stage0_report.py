@@ -230,8 +230,9 @@ def sections(parts: Iterable[Part]) -> Iterator[str]:
         yield f"### {reason}\n"
         yield table("set | key | detail", ((name, str(row["key"])[:80], row["detail"][:200]) for name, row in worst))
     yield "## Listening examples\n"
-    examples = ((part.name, row) for part in parts for row in part.sample[:3])
-    yield table("set | file | text", ((name, audio_path(row), row["messages"][-1]["content"][:80]) for name, row in examples))
+    examples = [(part.name, row) for part in parts for row in part.sample[:3]]
+    cells = [(name, audio_path(row), row["messages"][-1]["content"][:80]) for name, row in examples]
+    yield table("set | file | text", cells)
 
 
 def excess(detail: str) -> float:
