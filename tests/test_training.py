@@ -16,7 +16,7 @@ import audio
 from common import UserError, read_jsonl, write_jsonl
 from make_train_list import mix, take
 from nano.miniature import build_folder
-from nano.trainer import average
+from nano.trainer import average, trainable_names
 
 ROOT = Path(__file__).resolve().parent.parent
 ALPHABET = "一二三四五六七八九零元月号订单"
@@ -154,6 +154,13 @@ def test_averaging_leaves_frozen_tensors_bit_identical(tmp_path):
     mean = average([tmp_path / f"{n}.pt" for n in range(3)], {"trained"}, tmp_path / "start.pt")
     assert torch.equal(mean["frozen"], start["frozen"])
     assert torch.equal(mean["trained"], torch.ones(2))
+
+
+def test_a_tied_output_layer_is_averaged_with_its_embedding(model_dir):
+    model = build(model_dir, llm_conf={"freeze": False}).model
+    names = trainable_names(model)
+    assert {"llm.model.embed_tokens.weight", "llm.lm_head.weight"} <= names
+    assert not any(name.startswith("audio_encoder.") for name in names)
 
 
 def test_shares_are_counts_and_repeats_get_keys_of_their_own():

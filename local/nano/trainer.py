@@ -43,7 +43,7 @@ class Trainer(stock.Trainer):
 
     def warp_model(self, model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
         """Note what is trained, write it beside run.json, then wrap the model for its device and processes."""
-        self.trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+        self.trainable = trainable_names(model)
         if self.rank == 0:
             write_parameters(model, Path(self.output_dir) / "parameters.json")
         if self.use_ddp and not torch.cuda.is_available():
@@ -116,6 +116,12 @@ class Trainer(stock.Trainer):
             save_atomically({"state_dict": state, "lora": self.lora, "averaged": best}, folder / "averaged.pt")
             logging.info("averaged.pt is the mean of %s", ", ".join(best))
         super().close(writer)
+
+
+def trainable_names(model: torch.nn.Module) -> set[str]:
+    """Names in the state dict that training changes: a tied output layer is there under two, a parameter under one."""
+    trained = {parameter.data_ptr() for parameter in model.parameters() if parameter.requires_grad}
+    return {name for name, tensor in model.state_dict().items() if tensor.data_ptr() in trained}
 
 
 def average(checkpoints: list[Path], trainable: set[str], initial: Path) -> dict[str, torch.Tensor]:
