@@ -68,7 +68,7 @@ def experiment(tmp_path_factory) -> Path:
             (folder / f"{corpus}_{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     (folder / "conf").mkdir()
     base = (ROOT / "conf/demo/base_model.yaml").read_text("utf-8")
-    base = re.sub(r"max_epoch: \d+", "max_epoch: 12", base)
+    base = re.sub(r"max_epoch: \d+", "max_epoch: 8", base)
     # Prompts last from one to twenty seconds: batches by length, or most of each would be padding.
     base = base.replace("batch_type: example\n  batch_size: 16", "batch_size: 6000\n  batch_size_sample_max: 64")
     (folder / "conf/base_model.yaml").write_text(base, "utf-8")
