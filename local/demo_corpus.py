@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import ctypes
 import hashlib
+import json
 import logging
 import os
 import re
@@ -28,7 +29,7 @@ import soundfile
 import yaml
 
 import audio
-from common import UserError, progress, run, write_json, write_jsonl
+from common import UserError, file_hash, progress, run, write_json, write_jsonl
 from telephone.channel import apply, draw, load_config
 from telephone.resample import resample
 
@@ -217,6 +218,12 @@ def speak_set(name: str, texts: list[str], first: int, folder: Path, seed: int) 
     return rows
 
 
+def inputs(sentences: Path, seed: int) -> dict:
+    """What the corpus depends on; beside it when it is whole."""
+    files = [sentences, Path(__file__), ROOT / "conf/telephone_channel.yaml"]
+    return {"seed": seed, **{path.name: file_hash(path) for path in files}}
+
+
 def make_corpus(output: Path, sentences: Path, seed: int, workers: int) -> dict[str, int]:
     """Speak every set into `output`, which takes its name when it is whole; return rows a set."""
     texts = write_texts(yaml.safe_load(sentences.read_text(encoding="utf-8")), SETS, seed)
@@ -232,7 +239,7 @@ def make_corpus(output: Path, sentences: Path, seed: int, workers: int) -> dict[
         rows[name] += part
     for name, part in rows.items():
         write_jsonl(temporary / f"{name}.jsonl", part)
-    write_json(temporary / "corpus.json", {"seed": seed, "rows": {name: len(part) for name, part in rows.items()}})
+    write_json(temporary / "corpus.json", inputs(sentences, seed))
     shutil.rmtree(output, ignore_errors=True)
     temporary.rename(output)
     return {name: len(part) for name, part in rows.items()}
@@ -249,6 +256,10 @@ def get_args() -> argparse.Namespace:
 
 def main() -> None:
     args = get_args()
+    marker = args.output / "corpus.json"
+    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == inputs(args.sentences, args.seed):
+        logging.info("%s is spoken already: nothing to do", args.output)
+        return
     counts = make_corpus(args.output, args.sentences, args.seed, args.num_workers)
     logging.info("%s: %s", args.output, ", ".join(f"{name} {count}" for name, count in counts.items()))
 
