@@ -199,7 +199,7 @@ def speak_set(name: str, texts: list[str], first: int, folder: Path, seed: int) 
             # Eight people a voice: another pitch and pace each.
             person = generator(seed, f"{voice}/{rng.integers(8)}")
             rate, pitch = int(person.integers(125, 171)), int(person.integers(35, 66))
-            # Another pace of the samples is another head: fourteen voices alone do not teach what voices share.
+            # Another pace of the samples is another head: more speakers than fourteen voices (effect not measured).
             size = rng.uniform(0.88, 1.12) if name == "base_train" else 1
             samples = resample(speak(text, voice, rate, pitch), round(22050 * size), 16000)
             if name == "base_train":
