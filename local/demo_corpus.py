@@ -24,7 +24,6 @@ from pathlib import Path
 
 import joblib
 import numpy as np
-import scipy.signal
 import soundfile
 import yaml
 
@@ -36,15 +35,15 @@ from telephone.resample import resample
 ROOT = Path(__file__).resolve().parent.parent
 DIGITS = "零一二三四五六七八九"
 
-# espeak-ng voice variants: ordinary adult voices only, no whisper, robot or effect.
+# espeak-ng voice variants: ordinary adult voices only, no whisper, robot, echo or other effect.
 # No voice is in two lists of different rows: train, dev and test are different people.
 VOICES = {
-    "train": ["m1", "m2", "m3", "m4", "m7", "f1", "f2", "f4", "f5", "Andy", "Denis", "Michael", "linda", "steph"],
-    "dev": ["m6", "Annie", "Reed"],
-    "test": ["m5", "m8", "f3"],
-    "calls_train": ["paul", "edward", "belinda", "Lee", "david", "anika"],
-    "calls_dev": ["ed", "Alicia", "rob"],
-    "calls_test": ["ian", "steph2", "travis"],
+    "train": "m1 m2 m3 m4 m7 f1 f2 f4 f5 Andy Denis Michael linda steph",
+    "dev": "m6 Annie Reed",
+    "test": "m5 m8 f3",
+    "calls_train": "paul edward belinda Lee david anika Andrea Mario Gene quincy Jacky Henrique Mike",
+    "calls_dev": "ed shelby rob",
+    "calls_test": "ian steph2 travis",
 }
 # name: (shares of kinds of sentences, voices, utterances, held out: texts with slots, which no other set has)
 SETS = {
@@ -54,11 +53,10 @@ SETS = {
     "wideband_dev": ({"wideband": 1}, "dev", 240, True),
     "base_train": ({"wideband": 0.85, "short": 0.15}, "train", 3600, False),
     "wideband_train": ({"wideband": 1}, "train", 1400, False),
-    "calls_train": ({"calls": 1}, "calls_train", 500, False),
+    "calls_train": ({"calls": 1}, "calls_train", 800, False),
 }
 # What makes texts of a pattern many, so that some can be held out.
 SLOT = re.compile(r"\{(digits|phone|amount|date|few)\}")
-ROUGHEN = {"low_pass_share": 0.2, "low_pass_hz": (4500, 7500), "noise_share": 0.3, "snr_db": (15, 40)}
 
 
 def say_number(value: int) -> str:
@@ -170,26 +168,10 @@ def open_espeak() -> Iterator[Callable[[str, str, int, int], np.ndarray]]:
         library.espeak_Terminate()  # a second start in one process without it never returns
 
 
-def roughen(samples: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Give a share of the base's training speech another level, a duller sound and mild noise, all at 16 kHz.
-
-    Without it a model of clean synthetic speech collapses on the telephone (CER above 100 %) where a real recogniser,
-    which has heard much, degrades. It stays a wideband model: no telephone band, no codec.
-    """
-    samples = samples * 10 ** (rng.uniform(-15, 0) / 20)
-    if rng.random() < ROUGHEN["low_pass_share"]:
-        cutoff = rng.uniform(*ROUGHEN["low_pass_hz"])
-        samples = scipy.signal.sosfilt(scipy.signal.butter(6, cutoff, fs=16000, output="sos"), samples)
-    if rng.random() < ROUGHEN["noise_share"]:
-        noise = np.sqrt(np.mean(samples**2)) * 10 ** (-rng.uniform(*ROUGHEN["snr_db"]) / 20)
-        samples = samples + noise * rng.standard_normal(len(samples))
-    return samples.astype(np.float32)
-
-
 def speak_set(name: str, texts: list[str], first: int, folder: Path, seed: int) -> list[dict]:
     """Speak texts[0], ... as utterances number `first`, ... of one set; write their audio; return their rows."""
     mobile = load_config(ROOT / "conf/telephone_channel.yaml", preset="mobile", no_babble=True)
-    voices = VOICES[SETS[name][1]]
+    voices = VOICES[SETS[name][1]].split()
     rows = []
     with open_espeak() as speak:
         for number, text in enumerate(texts, first):
@@ -200,10 +182,10 @@ def speak_set(name: str, texts: list[str], first: int, folder: Path, seed: int) 
             person = generator(seed, f"{voice}/{rng.integers(8)}")
             rate, pitch = int(person.integers(125, 171)), int(person.integers(35, 66))
             # Another pace of the samples is another head: more speakers than fourteen voices (effect not measured).
+            # No noise, no dull recordings: a base that has heard some is hardly worse on the telephone (CER of 10-20 %
+            # in single runs), and there would be little to adapt to.
             size = rng.uniform(0.88, 1.12) if name == "base_train" else 1
             samples = resample(speak(text, voice, rate, pitch), round(22050 * size), 16000)
-            if name == "base_train":
-                samples = roughen(samples, rng)
             if name.startswith("calls"):
                 path = folder / name / f"{key}.wav"
                 samples = apply(draw(mobile, seed, key), samples, 16000, 8000)
