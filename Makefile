@@ -11,13 +11,16 @@ DEMO_ENV := env $(shell sed -n 's/^\([A-Z][A-Z0-9_]*\)=.*/-u \1/p' conf/experime
 # PYTHON is the interpreter of `make setup` here, but the one that runs the helpers in run_experiment.sh.
 unexport PYTHON
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor model stage0 stage1 stage2 stage3 stage4 stage5 all status demo test test-full lint clean
+.PHONY: help setup wheels doctor model stage0 stage1 stage2 stage3 stage4 stage5 all status demo test test-full lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9 -]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
-setup:  ## .venv with all that is needed; PYTHON= and TORCH= choose other ones
-	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash setup.sh
+setup:  ## .venv with all that is needed; PYTHON= and TORCH= choose other ones, WHEELS=folder needs no network
+	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" WHEELS="$(WHEELS)" bash setup.sh
+
+wheels:  ## everything `make setup` installs, collected in WHEELS=folder for a machine without a network
+	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" WHEELS="$(WHEELS)" PLATFORM="$(PLATFORM)" bash setup.sh wheels
 
 doctor: setup  ## what this machine has and lacks
 	@bash setup.sh doctor
