@@ -64,7 +64,7 @@ def fir(samples: np.ndarray, spectrum: np.ndarray, taps: int) -> np.ndarray:
 
 
 def linear_phase(fs: int, gains: np.ndarray) -> tuple[np.ndarray, int]:
-    """The filter whose gain at 0 .. fs/2, evenly spaced, is `gains`: its spectrum over a block, how many taps it has."""
+    """The filter whose gain at 0 .. fs/2, evenly spaced, is `gains`: its spectrum over a block, and its length."""
     half = 127 * fs // 8000  # 31 Hz between the points a filter can follow
     centred = np.roll(irfft(gains), half)[: 2 * half + 1] * np.hamming(2 * half + 1)
     return rfft(centred, BLOCK).astype(np.complex64), centred.size
