@@ -11,7 +11,8 @@ DEMO_ENV := env $(shell sed -n 's/^\([A-Z][A-Z0-9_]*\)=.*/-u \1/p' conf/experime
 # PYTHON is the interpreter of `make setup` here, but the one that runs the helpers in run_experiment.sh.
 unexport PYTHON
 .DEFAULT_GOAL := help
-.PHONY: help setup wheels doctor model stage0 stage1 stage2 stage3 stage4 stage5 all status demo test test-full lint clean
+.PHONY: help setup wheels doctor model stage0 stage1 stage2 stage3 stage4 stage5 all status demo test test-full lint \
+  clean bench
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9 -]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -55,6 +56,11 @@ test-full: setup  ## all tests
 lint: setup  ## ruff and shellcheck
 	@.venv/bin/ruff check .
 	@.venv/bin/shellcheck -x *.sh local/*.sh .ci/run
+
+bench: setup  ## speed of the telephone simulation beside its peers: $EXP_OUTPUT/bench/simulation.json
+	@test -d "$(EXP_OUTPUT)/bench/peers" || $(VENV) -m venv "$(EXP_OUTPUT)/bench/peers"
+	@"$(EXP_OUTPUT)/bench/peers/bin/pip" install -q -r bench/requirements.txt || echo "peers that are missing are null"
+	@$(VENV) bench/simulation.py --peers "$(EXP_OUTPUT)/bench/peers/bin/python" --output "$(EXP_OUTPUT)/bench/simulation.json"
 
 clean:  ## remove the demo and caches; the real experiment and .venv stay
 	rm -rf "$(DEMO)" .pytest_cache .ruff_cache .hypothesis && find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

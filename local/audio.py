@@ -45,7 +45,9 @@ def read(
         raise AudioError("audio_missing", f"{path} does not exist")
     samples, rate = _decode_soundfile(path, start or 0.0, end) or _decode_other(path, start or 0.0, end)
     _check_channel(channel, samples.shape[1], path)
-    samples = samples.mean(axis=1) if channel is None else samples[:, channel]
+    if samples.dtype == np.int16:  # libsndfile's own conversion to float gives the same and takes ten times as long
+        samples = np.multiply(samples, 1 / 32768, dtype=np.float32)
+    samples = samples.mean(axis=1) if channel is None and samples.shape[1] > 1 else samples[:, channel or 0]
     if samples.size == 0:
         raise AudioError("audio_empty", f"no samples between {start or 0.0} s and {end or 'the end'} in {path}")
     if not np.isfinite(samples).all():
@@ -136,7 +138,8 @@ def _decode_soundfile(path: str, start: float, end: float | None) -> tuple[np.nd
         try:
             # GSM in WAV cannot seek.
             skipped = file.seek(first) if file.seekable() else 0
-            samples = file.read(last - skipped, dtype="float32", always_2d=True)[first - skipped :]
+            kind = "int16" if file.subtype == "PCM_16" else "float32"
+            samples = file.read(last - skipped, dtype=kind, always_2d=True)[first - skipped :]
         except soundfile.LibsndfileError as error:
             raise AudioError("audio_unreadable", f"{path}: damaged or cut off: {error}") from error
         missing = _missing_bytes(path)

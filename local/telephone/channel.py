@@ -180,7 +180,7 @@ def apply(
     plan["measured"] = {}
     speech = resample(samples, fs, working_fs)
     speech = _mouth_to_line(plan, speech, working_fs, {"babble": babble, "file": noise})
-    speech = speech + sounds.converter(_generator(plan, 6), speech.size)
+    speech += sounds.converter(_generator(plan, 6), speech.size)
     if "hop1" in plan:
         speech = _first_hop(plan, speech, round(samples.size * TELEPHONE_FS / fs))
     if "hop2" in plan:
@@ -209,7 +209,7 @@ def _mouth_to_line(plan: dict, speech: np.ndarray, fs: int, sources: dict[str, s
     plan["measured"]["sent_dbov"] = None
     if active > sounds.SILENT_DBOV:
         plan["measured"]["sent_dbov"] = round(active, 2)
-        speech = speech * np.float32(sounds.db_to_gain(plan["active_dbov"] - active))
+        speech *= np.float32(sounds.db_to_gain(plan["active_dbov"] - active))
     if "noise" in plan:
         rng, kind = _generator(plan, 2), plan["noise"]["kind"]
         if kind in sources:
@@ -217,7 +217,7 @@ def _mouth_to_line(plan: dict, speech: np.ndarray, fs: int, sources: dict[str, s
         else:
             around = sounds.coloured(rng, kind, speech.size, fs)
         around = filters.send(around, fs, **plan["send"])
-        speech = speech + sounds.at_level(around, plan["active_dbov"] - plan["noise"]["snr_db"])
+        speech += sounds.at_level(around, plan["active_dbov"] - plan["noise"]["snr_db"])
     if "limiter" not in plan:
         return speech
     if plan["limiter"]["kind"] == "agc":
@@ -249,10 +249,10 @@ def _line(plan: dict, speech: np.ndarray) -> np.ndarray:
         speech = filters.echo(speech, TELEPHONE_FS, line["echo_ms"], line["echo_loss_db"])
     if "hum_dbm0" in line:
         hum = sounds.hum(_generator(plan, 4), speech.size, TELEPHONE_FS)
-        speech = speech + sounds.at_level(hum, line["hum_dbm0"] - sounds.DBM0)
+        speech += sounds.at_level(hum, line["hum_dbm0"] - sounds.DBM0)
     if "noise" in line:
         hiss = sounds.coloured(_generator(plan, 5), line["noise"], speech.size, TELEPHONE_FS)
-        speech = speech + sounds.at_level(hiss, line["noise_dbm0"] - sounds.DBM0)
+        speech += sounds.at_level(hiss, line["noise_dbm0"] - sounds.DBM0)
     return speech
 
 
