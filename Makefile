@@ -3,6 +3,7 @@
 EXP_OUTPUT ?= exp_output
 SEED ?= 0
 FORCE ?= false
+MODEL_DIR ?= $(EXP_OUTPUT)/final_model
 VENV := .venv/bin/python
 DEMO = $(EXP_OUTPUT)/demo
 CORPUS = $(DEMO)/corpus
@@ -12,7 +13,7 @@ DEMO_ENV := env $(shell sed -n 's/^\([A-Z][A-Z0-9_]*\)=.*/-u \1/p' conf/experime
 unexport PYTHON
 .DEFAULT_GOAL := help
 .PHONY: help setup wheels doctor model stage0 stage1 stage2 stage3 stage4 stage5 all status demo test test-full lint \
-  clean bench
+  clean bench transcribe
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9 -]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -37,6 +38,10 @@ all: setup  ## every stage, -1 to 5
 
 status:  ## what is done, running, left; also in $EXP_OUTPUT/README_EXPERIMENT_STATUS.md
 	@$(VENV) local/stage_status.py show --output_root "$(EXP_OUTPUT)"
+
+transcribe: setup  ## AUDIO=call.wav, a folder or a wav.scp -> dialogue; MODEL_DIR= and HOTWORDS= as you like
+	@$(VENV) local/transcribe.py --audio "$(or $(AUDIO),$(error which recording? make transcribe AUDIO=call.wav))" \
+	  --model_dir "$(MODEL_DIR)" --hotwords "$(HOTWORDS)" --output_dir "$(EXP_OUTPUT)/transcribed"
 
 demo: setup  ## the whole recipe on a corpus it speaks itself, on CPU, in minutes: $EXP_OUTPUT/demo
 	@$(DEMO_ENV) $(VENV) local/demo_corpus.py --output "$(CORPUS)" --seed "$(SEED)"

@@ -183,15 +183,13 @@ stage_4() {
 
 evaluate() {
   local points=$EVAL/checkpoints base="$MODEL_DIR/model.pt" alpha models=()
-  local mix=("$PYTHON" local/interpolate.py mix --base "$base" --adapted "$points/stage3_folded.pt")
-  "$PYTHON" local/interpolate.py fold --checkpoint "${STEPS[2]}" --output "$points/stage3_folded.pt"
+  local mix=("$PYTHON" local/final_model.py mix --base "$base" --adapted "${STEPS[2]}")
   for alpha in $ALPHAS; do
     "${mix[@]}" --alpha "$alpha" --output "$points/alpha_$alpha.pt"
     models+=("alpha_$alpha=$points/alpha_$alpha.pt")
   done
   decode dev "$EVAL/dev" "base=$base" "${models[@]}"
-  score "$EVAL/dev" "$EVAL/dev_summary.json"
-  "$PYTHON" local/interpolate.py choose --summary "$EVAL/dev_summary.json" --output "$EVAL/interpolation.json" \
+  score "$EVAL/dev" "$EVAL/dev_summary.json" --choose "$EVAL/interpolation.json" \
     --max_wideband_loss "$MAX_WIDEBAND_LOSS"
   alpha=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["alpha"])' "$EVAL/interpolation.json")
   "${mix[@]}" --alpha "$alpha" --output "$points/final.pt"
@@ -208,7 +206,7 @@ decode() {  # SPLIT OUTPUT_DIR NAME=CHECKPOINT...
   "$PYTHON" local/decode.py --model_dir "$MODEL_DIR" "${models[@]/#/--checkpoint=}" "${sets[@]/#/--test_set=}" \
     --output_dir "$2" --frontend_fs "$FRONTEND_FS"
 }
-score() { "$PYTHON" local/score.py --transcripts "$1" --output "$2" ${KEYWORDS:+--keywords "$KEYWORDS"}; }
+score() { "$PYTHON" local/score.py --transcripts "$1" --output "$2" ${KEYWORDS:+--keywords "$KEYWORDS"} "${@:3}"; }
 
 # --- stage 5: report and final model folder -------------------------------------------------------------------------
 stage_5() {
@@ -221,7 +219,7 @@ stage_5() {
 }
 
 finish() {
-  "$PYTHON" local/export_model.py --model_dir "$MODEL_DIR" --checkpoint "$EVAL/checkpoints/final.pt" \
+  "$PYTHON" local/final_model.py export --model_dir "$MODEL_DIR" --checkpoint "$EVAL/checkpoints/final.pt" \
     --summary "$EVAL/summary.json" --output "$EXP_OUTPUT/final_model" \
     --frontend_fs "$FRONTEND_FS" --text_style "$TEXT_STYLE"
   "$PYTHON" local/report.py --exp_output "$EXP_OUTPUT" --output "$EXP_OUTPUT/report" --report_audio "$REPORT_AUDIO"

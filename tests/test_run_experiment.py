@@ -46,14 +46,15 @@ if name == "download_model.py":
 elif name == "train.py":
     for file in ("averaged.pt", "run.json", "model.pt.ep1"):
         write(option("--output_dir") / file, " ".join(args))
-elif name == "export_model.py":
+elif name == "final_model.py" and "export" in args:
     for file in ("model.pt", "config.yaml"):
         write(option("--output") / file)
 elif name == "report.py":
     for file in ("index.html", "report.md"):
         write(option("--output") / file)
-elif "choose" in args:
-    write(option("--output"), json.dumps({{"alpha": 0.75}}))
+elif "--choose" in args:
+    write(option("--output"))
+    write(option("--choose"), json.dumps({{"alpha": 0.75}}))
 elif "stats" in args:
     write(option("--data_dir") / "STAGE0_COMPLETION_REPORT.md")
 elif name == "decode.py":
@@ -235,7 +236,7 @@ def test_the_whole_recipe_runs_its_helpers_and_a_second_time_nothing(recipe):
     assert done.returncode == 0, done.stderr
     names = [call[0] for call in recipe.calls()]
     assert names[0] == "download_model.py"
-    assert names.count("train.py") == 3 and names[-2:] == ["export_model.py", "report.py"]
+    assert names.count("train.py") == 3 and names[-2:] == ["final_model.py", "report.py"]
     for stage in range(-1, 6):
         assert f"stage {stage}: log in " in done.stdout and f"stage {stage}: took " in done.stdout
         assert json.loads((recipe.exp / f"status/stage{stage}.json").read_text())["state"] == "done"
