@@ -11,7 +11,8 @@ DEMO_ENV := env $(shell sed -n 's/^\([A-Z][A-Z0-9_]*\)=.*/-u \1/p' conf/experime
 # PYTHON is the interpreter of `make setup` here, but the one that runs the helpers in run_experiment.sh.
 unexport PYTHON
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor model stage0 stage1 stage2 stage3 stage4 stage5 all status demo test test-full lint clean
+.PHONY: help setup doctor model stage0 stage1 stage2 stage3 stage4 stage5 all status tensorboard demo ablation-fs check-full-size \
+  test test-full lint clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9 -]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -34,6 +35,9 @@ all: setup  ## every stage, -1 to 5
 status:  ## what is done, running, left; also in $EXP_OUTPUT/README_EXPERIMENT_STATUS.md
 	@$(VENV) local/stage_status.py show --output_root "$(EXP_OUTPUT)"
 
+tensorboard: setup  ## curves of every training in $EXP_OUTPUT, on http://localhost:6006
+	@$(VENV) -m tensorboard.main --logdir "$(EXP_OUTPUT)/exp/8k_telephone" --port 6006
+
 demo: setup  ## the whole recipe on a corpus it speaks itself, on CPU, in minutes: $EXP_OUTPUT/demo
 	@$(DEMO_ENV) $(VENV) local/demo_corpus.py --output "$(CORPUS)" --seed "$(SEED)"
 	@$(DEMO_ENV) $(VENV) local/demo_base_model.py --train "$(CORPUS)/base_train.jsonl" --dev "$(CORPUS)/wideband_dev.jsonl" \
@@ -48,6 +52,9 @@ test: setup  ## the quick tests, under ten minutes
 
 test-full: setup  ## all tests
 	@$(VENV) -m pytest
+
+check-full-size: setup  ## one step of each stage at the real model's size, random weights, on CPU: minutes, 24 GiB
+	@$(VENV) bench/full_size.py --work "$(EXP_OUTPUT)/full_size"
 
 lint: setup  ## ruff and shellcheck
 	@.venv/bin/ruff check .
