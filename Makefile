@@ -13,7 +13,7 @@ DEMO_ENV := env $(shell sed -n 's/^\([A-Z][A-Z0-9_]*\)=.*/-u \1/p' conf/experime
 unexport PYTHON
 .DEFAULT_GOAL := help
 .PHONY: help setup wheels doctor model stage0 stage1 stage2 stage3 stage4 stage5 all status demo test test-full lint \
-  clean bench transcribe
+  clean bench transcribe tensorboard ablation-fs check-full-size
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9 -]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -39,9 +39,14 @@ all: setup  ## every stage, -1 to 5
 status:  ## what is done, running, left; also in $EXP_OUTPUT/README_EXPERIMENT_STATUS.md
 	@$(VENV) local/stage_status.py show --output_root "$(EXP_OUTPUT)"
 
+<<<<<<< HEAD
 transcribe: setup  ## AUDIO=call.wav, a folder or a wav.scp -> dialogue; MODEL_DIR= and HOTWORDS= as you like
 	@$(VENV) local/transcribe.py --audio "$(or $(AUDIO),$(error which recording? make transcribe AUDIO=call.wav))" \
 	  --model_dir "$(MODEL_DIR)" --hotwords "$(HOTWORDS)" --output_dir "$(EXP_OUTPUT)/transcribed"
+=======
+tensorboard: setup  ## curves of every training in $EXP_OUTPUT, on http://localhost:6006
+	@$(VENV) -m tensorboard.main --logdir "$(EXP_OUTPUT)/exp/8k_telephone" --port 6006
+>>>>>>> wtD2
 
 demo: setup  ## the whole recipe on a corpus it speaks itself, on CPU, in minutes: $EXP_OUTPUT/demo
 	@$(DEMO_ENV) $(VENV) local/demo_corpus.py --output "$(CORPUS)" --seed "$(SEED)"
@@ -57,6 +62,9 @@ test: setup  ## the quick tests, under ten minutes
 
 test-full: setup  ## all tests
 	@$(VENV) -m pytest
+
+check-full-size: setup  ## one step of each stage at the real model's size, random weights, on CPU: minutes, 24 GiB
+	@$(VENV) bench/full_size.py --work "$(EXP_OUTPUT)/full_size"
 
 lint: setup  ## ruff and shellcheck
 	@.venv/bin/ruff check .

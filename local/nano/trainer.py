@@ -5,6 +5,7 @@ Set as `funasr.bin.train_ds.Trainer` by local/train.py. What differs from funasr
   * a checkpoint is written once, under a temporary name, then linked to its other names; upstream writes it up to
     three times in place, and a torn model.pt is a traceback at every later start;
   * a checkpoint inside an epoch counts its steps from the epoch's start, so a second resume repeats no data;
+  * early stopping counts on after a resume, from what the checkpoint says; upstream starts anew;
   * the average of the best checkpoints takes frozen tensors from the initial checkpoint: averaging rounds them.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,10 @@ class Trainer(stock.Trainer):
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.trainable: set[str] = set()
+        self.patience = kwargs.get("early_stopping_patience", 0)
+        self.best_val_loss, self.epochs_no_improve, self.idle = float("inf"), 0, False
+        # Gradients of an accumulation that is not over are in no checkpoint.
+        self.save_checkpoint_interval = math.ceil(self.save_checkpoint_interval / self.accum_grad) * self.accum_grad
 
     @property
     def device(self) -> Any:
@@ -43,6 +49,7 @@ class Trainer(stock.Trainer):
 
     def warp_model(self, model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
         """Note what is trained, write it beside run.json, then wrap the model for its device and processes."""
+        kwargs["train_conf"]["early_stopping_patience"] = 0  # or main() stops too, counting from the last resume
         self.trainable = trainable_names(model)
         if self.rank == 0:
             write_parameters(model, Path(self.output_dir) / "parameters.json")
@@ -50,11 +57,42 @@ class Trainer(stock.Trainer):
             return torch.nn.parallel.DistributedDataParallel(model)
         return super().warp_model(model, **kwargs)
 
+    def resume_checkpoint(self, **kwargs: Any) -> None:
+        """Go on from model.pt, with early stopping where it was; remove what a kill in the middle of a save left."""
+        folder = Path(self.output_dir)
+        if self.rank == 0:
+            for torn in folder.glob(".*.tmp"):
+                torn.unlink()
+        super().resume_checkpoint(**kwargs)
+        if self.resume and not self.use_deepspeed and (folder / "model.pt").is_file():
+            saved = torch.load(folder / "model.pt", map_location="cpu", mmap=True)
+            self.best_val_loss, self.epochs_no_improve = saved["best_val_loss"], saved["epochs_no_improve"]
+
+    def train_epoch(self, **kwargs: Any) -> None:
+        """Train one epoch, or nothing where early stopping has ended the training: main() cannot be told."""
+        self.idle = 0 < self.patience <= self.epochs_no_improve
+        if not self.idle:
+            super().train_epoch(**kwargs)
+
+    def validate_epoch(self, **kwargs: Any) -> None:
+        """Validate; after an epoch, count those without a better loss."""
+        if self.idle:
+            return
+        super().validate_epoch(**kwargs)
+        if kwargs.get("step_in_epoch") is None:
+            self.epochs_no_improve += 1
+            if self.val_loss_avg < self.best_val_loss:
+                self.best_val_loss, self.epochs_no_improve = self.val_loss_avg, 0
+            if self.patience:
+                logging.info("no better loss for %d of %d epochs", self.epochs_no_improve, self.patience)
+
     def save_checkpoint(
         self, epoch: int, step: int | None = None, model=None, optim=None, scheduler=None, scaler=None,
         step_in_epoch: int | None = None, **kwargs: Any,
     ) -> None:
         """Save everything a resume needs as model.pt.ep<epoch>[.<step>] and model.pt; drop the worst beyond n-best."""
+        if self.idle:
+            return
         if self.use_deepspeed or self.use_fsdp:
             super().save_checkpoint(epoch, step, model, optim, scheduler, scaler, step_in_epoch, **kwargs)
             return
@@ -76,13 +114,15 @@ class Trainer(stock.Trainer):
                 **{field: getattr(self, field) for field in (
                     "saved_ckpts", "val_acc_step_or_epoch", "val_loss_step_or_epoch",
                     "best_step_or_epoch", "avg_keep_nbest_models_type", "batch_total",
+                    "best_val_loss", "epochs_no_improve",
                 )},
             }
             if scaler:
                 state["scaler_state"] = scaler.state_dict()
             folder = Path(self.output_dir)
             save_atomically(state, folder / name)
-            for link in ["model.pt"] + ["model.pt.best"] * (self.best_step_or_epoch == name):
+            # model.pt last: a resume goes by it.
+            for link in ["model.pt.best"] * (self.best_step_or_epoch == name) + ["model.pt"]:
                 link_atomically(folder / name, folder / link)
             for old in discard:
                 (folder / old).unlink(missing_ok=True)
