@@ -23,7 +23,7 @@ from common import UserError
 
 SECTIONS = {
     "": "ctc_weight detach_ctc_decoder specaug optim scheduler",
-    "audio_encoder_conf": "freeze dropout_rate positional_dropout_rate attention_dropout_rate",
+    "audio_encoder_conf": "freeze dropout_rate attention_dropout_rate",
     "audio_adaptor_conf": "freeze dropout_rate attention_dropout_rate",
     "ctc_decoder_conf": "freeze dropout_rate attention_dropout_rate",
     "llm_conf": "freeze use_lora",
