@@ -37,7 +37,7 @@ def refused(tmp_path, model_dir, rows):
 
     def refuse(**changed) -> tuple[str, int]:
         with pytest.raises(UserError) as error:
-            check_before(arguments(tmp_path, model_dir, changed.pop("rows", rows), **changed))
+            check_before(arguments(tmp_path, **{"model_dir": model_dir, "rows": rows} | changed))
         return str(error.value), error.value.code
 
     return refuse
@@ -260,6 +260,11 @@ def test_what_each_stage_trained_has_moved_and_each_row_was_used_once(trained, s
     assert used == {str(epoch): {"rows": 12, "missed": 0, "repeated": 0} for epoch in (1, 2, 3)}
 
 
+def test_checkpoints_on_disk_are_bounded(trained):
+    on_disk = sorted(path.name for path in trained[STAGES[0]][0].output_dir.glob("model.pt.ep*"))
+    assert 2 <= len(on_disk) <= 3
+
+
 @pytest.fixture
 def spoilt(trained, tmp_path):
     """spoilt(file, change) -> the postflight's message for stage 1's folder with that file changed."""
@@ -340,7 +345,7 @@ def test_saving_after_no_step_and_loading_again_decodes_the_same(model_dir, rows
     (tmp_path / "exp").mkdir()
     trainer = Trainer(output_dir=str(tmp_path / "exp"), device="cpu", **config["train_conf"])
     trainer.initial, trainer.lora = str(model_dir / "model.pt"), config["llm_conf"].get("lora_conf")
-    model = AutoModel(**config, init_param=trainer.initial, device="cpu").model
+    model = AutoModel(**config | {"device": "cpu"}).model
     model = trainer.warp_model(model, device="cpu", train_conf={})
     optimizer = torch.optim.AdamW(model.parameters())
     trainer.val_acc_step_or_epoch["model.pt.ep0"] = 0.5

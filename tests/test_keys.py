@@ -51,8 +51,7 @@ class Lab:
         """Model with weights, frontend, tokenizer, as AutoModel makes them."""
         from funasr import AutoModel
 
-        config = {name: value for name, value in config.items() if name != "given"}
-        return AutoModel(**config, init_param=str(self.model_dir / "model.pt"), device="cpu")
+        return AutoModel(**{name: value for name, value in config.items() if name != "given"} | {"device": "cpu"})
 
     def trainer(self, config):
         train_conf = train_ds._resolve_distributed_config(config["given"], 1)[-1]

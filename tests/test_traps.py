@@ -64,7 +64,7 @@ class Lab:
         logger = logging.getLogger()
         logger.addHandler(handler)
         try:
-            check_before(arguments(self.folder(), self.model_dir, changed.pop("rows", self.rows), **changed))
+            check_before(arguments(self.folder(), **{"model_dir": self.model_dir, "rows": self.rows} | changed))
         except UserError as error:
             return str(error)
         finally:
@@ -85,7 +85,7 @@ class Lab:
         path = self.folder() / "list.jsonl"
         write_jsonl(path, rows)
         config = effective(read_stage([ROOT / "conf" / f"{STAGES[0]}.yaml"]), self.model_dir, 16000)
-        built = AutoModel(**config, init_param=str(self.model_dir / "model.pt"), device="cpu").kwargs
+        built = AutoModel(**config | {"device": "cpu"}).kwargs
         return tables.dataset_classes["FunASR"](
             str(path), frontend=built["frontend"], tokenizer=built["tokenizer"], **config["dataset_conf"] | conf)
 
