@@ -13,7 +13,7 @@ DEMO_ENV := env $(shell sed -n 's/^\([A-Z][A-Z0-9_]*\)=.*/-u \1/p' conf/experime
 unexport PYTHON
 .DEFAULT_GOAL := help
 .PHONY: help setup wheels doctor model stage0 stage1 stage2 stage3 stage4 stage5 all status demo test test-full lint \
-  clean bench transcribe tensorboard ablation-fs check-full-size
+  clean bench transcribe tensorboard ablation-fs check-full-size traps
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9 -]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -65,6 +65,9 @@ test-full: setup  ## all tests
 
 check-full-size: setup  ## one step of each stage at the real model's size, random weights, on CPU: minutes, 24 GiB
 	@$(VENV) bench/full_size.py --work "$(EXP_OUTPUT)/full_size"
+
+traps: setup  ## docs/traps.md anew: FunASR's silent traps, and what is said here
+	@PYTHONPATH=local:tests $(VENV) tests/test_traps.py
 
 lint: setup  ## ruff and shellcheck
 	@.venv/bin/ruff check .

@@ -132,6 +132,33 @@ EOF
   for host in https://www.modelscope.cn https://huggingface.co; do
     answers "$host" && echo "network    $host answers" || echo "network    $host does not answer: give MODEL a folder"
   done
+  (preflight)
+}
+
+preflight() {  # what stages 1-3 check before they train, on the model and data that are there
+  # shellcheck source=local/parse_options.sh
+  source local/parse_options.sh
+  parse_options 1
+  local conf name train valid folder over model="" start=""
+  local exp=$EXP_OUTPUT/exp/8k_telephone data=$EXP_OUTPUT/data/simulated_8k_telephone
+  if [[ -s $EXP_OUTPUT/model/model_dir.txt ]]; then model=$(<"$EXP_OUTPUT/model/model_dir.txt"); start=$model/model.pt; fi
+  for conf in conf/stage[1-3]_*.yaml; do
+    name=$(basename "$conf" .yaml) folder=$exp/$name over=()
+    [[ -f $STAGE_OVERLAY_DIR/$name.yaml ]] && over=(--overlay "$STAGE_OVERLAY_DIR/$name.yaml")
+    train=$folder/trainlist.jsonl valid=$folder/valid.jsonl
+    [[ $name == stage3* ]] && data=$EXP_OUTPUT/data/real_8k_telephone
+    if [[ ! -s $train ]]; then train=$data/train_formatted.jsonl valid=$data/dev_formatted.jsonl; fi
+    if [[ ! -s $start || ! -s $train || ! -s $valid ]]; then
+      echo "$name: not checked, no model (stage -1) or no data (stage 0) in $EXP_OUTPUT"
+    elif "$VENV/bin/python" local/check_training.py before --stage_conf "$conf" --model_dir "$model" \
+      --init_checkpoint "$start" --train_list "$train" --valid_list "$valid" --output_dir "$folder" \
+      --frontend_fs "$FRONTEND_FS" "${over[@]}"; then
+      echo "$name: ready to train from $start"
+    else
+      echo "$name: would not start, the line above says why"
+    fi
+    if [[ -s $folder/averaged.pt ]]; then start=$folder/averaged.pt; fi
+  done
 }
 
 command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not there; name a Python of 3.10 to 3.12"
