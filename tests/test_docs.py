@@ -13,7 +13,7 @@ DOCUMENTS = sorted(path for pattern in ("*.md", "docs/*.md", "data/*.md") for pa
 PAIRS = [(path.with_name(path.name.replace("_zh", "")), path) for path in DOCUMENTS if path.stem.endswith("_zh")]
 OPTIONS = set(re.findall(r"^([A-Z][A-Z0-9_]*)=", (ROOT / "conf/experiment.conf").read_text("utf-8"), re.MULTILINE))
 # Variables of make, of setup.sh and of other programs.
-VARIABLES = OPTIONS | {"WHEELS", "TORCH", "PLATFORM", "AUDIO", "MODELSCOPE_CACHE"}
+VARIABLES = OPTIONS | {"WHEELS", "TORCH", "PLATFORM", "AUDIO", "HOTWORDS", "MODEL_DIR", "MODELSCOPE_CACHE"}
 TARGETS = set(re.findall(r"^([a-z0-9 -]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
 TARGETS = {target for line in TARGETS for target in line.split()}
 
