@@ -88,7 +88,9 @@ def train(config: dict[str, Any]) -> None:
     import nano.dataset
     import nano.model  # noqa: F401  registers the model
     from nano.trainer import Trainer
+    from telephone.online import simulate
 
+    nano.dataset.FunASR.channel = staticmethod(simulate)
     Trainer.initial = config["init_param"]
     llm = config.get("llm_conf", {})
     config = download_model(is_training=True, **config)

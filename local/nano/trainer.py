@@ -5,6 +5,7 @@ Set as `funasr.bin.train_ds.Trainer` by local/train.py. What differs from funasr
   * a checkpoint is written once, under a temporary name, then linked to its other names; upstream writes it up to
     three times in place, and a torn model.pt is a traceback at every later start;
   * a checkpoint inside an epoch counts its steps from the epoch's start, so a second resume repeats no data;
+  * the dataset is told the epoch before its workers start: a channel drawn online depends on it;
   * the average of the best checkpoints takes frozen tensors from the initial checkpoint: averaging rounds them.
 """
 
@@ -49,6 +50,11 @@ class Trainer(stock.Trainer):
         if self.use_ddp and not torch.cuda.is_available():
             return torch.nn.parallel.DistributedDataParallel(model)
         return super().warp_model(model, **kwargs)
+
+    def train_epoch(self, dataloader_train: Any = None, epoch: int | None = None, **kwargs: Any) -> None:
+        """Tell the dataset the epoch, then train on it."""
+        dataloader_train.dataset.epoch = epoch
+        super().train_epoch(dataloader_train=dataloader_train, epoch=epoch, **kwargs)
 
     def save_checkpoint(
         self, epoch: int, step: int | None = None, model=None, optim=None, scheduler=None, scaler=None,
