@@ -155,7 +155,6 @@ def simulate_part(job: Job, numbered: tuple[int, list[Entry]]) -> str:
     return str(part)
 
 
-@functools.lru_cache
 def _keep_freed_memory() -> None:
     """Let malloc reuse large arrays: glibc hands each back to the system, and faulting it in anew costs a third."""
     with contextlib.suppress(AttributeError, OSError):  # another libc
