@@ -109,14 +109,15 @@ def simulate_row(row: dict[str, Any], job: Job) -> dict[str, Any]:
 
 def wideband_row(row: dict[str, Any], samples: np.ndarray, fs: int, path: Path, job: Job) -> dict[str, Any]:
     """The row that training will simulate: its audio mono and at the rate training reads, in place where it is so."""
-    if noise.active_level(filters.send(samples, fs, "band", 300.0, 3400.0), fs) <= noise.SILENT_DBOV:
-        raise audio.AudioError("silent", SILENT)
     cut = {name: row[name] for name in ("channel", "start", "end") if row.get(name) is not None}
-    found, out = audio.length(row["source"], **cut), {name: value for name, value in row.items() if name not in cut}
     if fs < job["output_fs"]:
         raise audio.AudioError("sampling_rate", f"{fs} Hz is no wideband recording: {row['source']}")
-    if not found.plain or fs != job["output_fs"]:
-        audio.write(path, resample(samples, fs, job["output_fs"]), job["output_fs"])
+    heard = resample(samples, fs, job["output_fs"])
+    if noise.active_level(filters.send(heard, 16000, "band", 300.0, 3400.0), 16000) <= noise.SILENT_DBOV:
+        raise audio.AudioError("silent", SILENT)
+    out = {name: value for name, value in row.items() if name not in cut}
+    if fs != job["output_fs"] or not audio.length(row["source"], **cut).plain:
+        audio.write(path, heard, job["output_fs"])
         out["source"] = str(path)
     wideband = {f"wideband_{name}": value for name, value in cut.items()} | {"wideband_source": row["source"]}
     return out | wideband | {"channel": {"online": job["online"]}}

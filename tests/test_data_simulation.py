@@ -157,18 +157,24 @@ def test_every_kind_of_bad_input_is_rejected_by_name(corpus):
     bad.mkdir()
     good = speech(1)
     soundfile.write(bad / "nan.wav", np.where(np.arange(good.size) == 99, np.nan, good), 16000, subtype="FLOAT")
+    soundfile.write(bad / "inf.flac.wav", np.where(np.arange(good.size) == 9, -np.inf, good), 16000, subtype="DOUBLE")
     soundfile.write(bad / "empty.wav", good[:0], 16000)
     soundfile.write(bad / "one.wav", good[:1], 16000)
     soundfile.write(bad / "zeros.wav", 0 * good, 16000)
     soundfile.write(bad / "hum.wav", 0.1 * np.sin(2 * np.pi * 20 * np.arange(16000) / 16000), 16000)
     soundfile.write(bad / "whole.flac", good, 16000)
     (bad / "cut.flac").write_bytes((bad / "whole.flac").read_bytes()[:9000])
+    whole = bytearray((corpus / "wav/0.wav").read_bytes())
+    whole[20:22] = b"\xef\xbe"  # a format tag no codec has
+    (bad / "codec.wav").write_bytes(whole)
+    (bad / "folder.wav").mkdir()
     (bad / "text.wav").write_text("this is no audio\n" * 99)
     soundfile.write(bad / "96k.wav", np.repeat(good, 6), 96000)
     soundfile.write(bad / "51.wav", np.stack([good] * 6, 1), 16000)
     wanted = {
         "nan.wav": "audio_not_finite", "empty.wav": "audio_empty", "one.wav": "too_short", "zeros.wav": "silent",
         "cut.flac": "audio_unreadable", "text.wav": "audio_unreadable", "nowhere.wav": "audio_missing",
+        "inf.flac.wav": "audio_not_finite", "codec.wav": "audio_unreadable", "folder.wav": "audio_missing",
         "96k.wav": None, "51.wav": None,
     }  # fmt: skip
     lines = [json.dumps({"key": name, "source": f"bad/{name}", "target": "x"}) for name in wanted]
@@ -267,13 +273,13 @@ def test_memory_is_flat_in_the_number_of_rows(corpus):
 
 
 def test_online_leaves_wideband_audio_to_training_and_cuts_what_must_be(corpus):
-    audio.write(corpus / "48k.wav", speech(1.5, 48000), 48000)
+    audio.write(corpus / "96k.wav", np.repeat(speech(1.5), 6), 96000)
     both = np.stack([speech(4, seed=1), speech(4, seed=2)], 1)
     soundfile.write(corpus / "both.wav", both, 16000, subtype="FLOAT")
     audio.write(corpus / "8k.wav", speech(1, 8000), 8000)
     soundfile.write(corpus / "nothing.wav", np.zeros(16000), 16000)
     given = [
-        {"key": "plain", "source": "wav/1.wav"}, {"key": "fast", "source": "48k.wav"},
+        {"key": "plain", "source": "wav/1.wav"}, {"key": "fast", "source": "96k.wav"},
         {"key": "side", "source": "both.wav", "channel": 1, "start": 1.0, "end": 2.5},
         {"key": "narrow", "source": "8k.wav"}, {"key": "nothing", "source": "nothing.wav"},
     ]  # fmt: skip

@@ -307,6 +307,6 @@ def _fits(given: Any, allowed: tuple) -> bool:
         return 0 <= given <= 1
     if isinstance(given, dict):
         ordered = allowed[0] <= given["min"] <= given["mean"] <= given["max"] <= allowed[1]
-        return ordered and given["std"] >= 0
+        return ordered and 0 <= given["std"] <= 1000 and len(given) == 4
     low, high = given
     return allowed[0] <= low <= high <= allowed[1]
