@@ -7,13 +7,14 @@ MODEL_DIR ?= $(EXP_OUTPUT)/final_model
 VENV := .venv/bin/python
 DEMO = $(EXP_OUTPUT)/demo
 CORPUS = $(DEMO)/corpus
+LISTEN = $(CORPUS)/wideband_dev.jsonl
 # The demo is the same everywhere: options of a real experiment that are set in the environment are kept from it.
 DEMO_ENV := env $(shell sed -n 's/^\([A-Z][A-Z0-9_]*\)=.*/-u \1/p' conf/experiment.conf)
 # PYTHON is the interpreter of `make setup` here, but the one that runs the helpers in run_experiment.sh.
 unexport PYTHON
 .DEFAULT_GOAL := help
 .PHONY: help setup wheels doctor model stage0 stage1 stage2 stage3 stage4 stage5 all status demo test test-full lint \
-  clean bench transcribe tensorboard ablation-fs check-full-size traps
+  clean bench transcribe tensorboard ablation-fs check-full-size traps listen
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9 -]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -74,7 +75,13 @@ lint: setup  ## ruff and shellcheck
 bench: setup  ## speed of the telephone simulation beside its peers: $EXP_OUTPUT/bench/simulation.json
 	@test -d "$(EXP_OUTPUT)/bench/peers" || $(VENV) -m venv "$(EXP_OUTPUT)/bench/peers"
 	@"$(EXP_OUTPUT)/bench/peers/bin/pip" install -q -r bench/requirements.txt || echo "peers that are missing are null"
-	@$(VENV) bench/simulation.py --peers "$(EXP_OUTPUT)/bench/peers/bin/python" --output "$(EXP_OUTPUT)/bench/simulation.json"
+	@$(VENV) bench/simulation.py --peers "$(EXP_OUTPUT)/bench/peers/bin/python" \
+	  --output "$(EXP_OUTPUT)/bench/simulation.json"
+
+listen: setup  ## calls before and after, to hear and see: $EXP_OUTPUT/listen/index.html; LISTEN= is a corpus
+	@test "$(LISTEN)" != "$(CORPUS)/wideband_dev.jsonl" || test -e "$(LISTEN)" || \
+	  $(DEMO_ENV) $(VENV) local/demo_corpus.py --output "$(CORPUS)" --seed "$(SEED)"
+	@$(VENV) local/listen.py --input "$(LISTEN)" --output "$(EXP_OUTPUT)/listen/index.html" --seed "$(SEED)"
 
 clean:  ## remove the demo and caches; the real experiment and .venv stay
 	rm -rf "$(DEMO)" .pytest_cache .ruff_cache .hypothesis && find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

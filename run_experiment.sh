@@ -81,19 +81,19 @@ stage_0() {
     "$CHANNEL_CONF" "$FILTER_CONF" "$BG_NOISE_SCP" "$MODEL_DIR/config.yaml" "$MODEL_DIR/Qwen3-0.6B/tokenizer.json")
   SETTINGS=("TEXT_STYLE=$TEXT_STYLE" "FRONTEND_FS=$FRONTEND_FS" "MAX_SPEECH_LENGTH=$MAX_SPEECH_LENGTH" "SEED=$SEED")
   WRITES=("${TRAIN_DATA[@]}" "${TEST_DATA[@]}" "$DATA/STAGE0_COMPLETION_REPORT.md")
-  FOLDERS=("$DATA") LOG=$EXP_OUTPUT/logs/stage0.log ON_CHANGE=$(refuse_if "$DATA"/*/train_formatted.jsonl)
-  run_stage 0 prepare_data
+  FOLDERS=("$DATA") LOG=$EXP_OUTPUT/logs/stage0.log SETTINGS+=("ONLINE_CHANNEL=$ONLINE_CHANNEL")
+  ON_CHANGE=$(refuse_if "$DATA"/*/train_formatted.jsonl); run_stage 0 prepare_data
 }
 
 prepare_data() {
-  local split folder sources=()
+  local split folder sources=(); local -A on=([train1]=1)
   prepare_corpus raw wideband simulated_8k_telephone "$RAW_16K_TRAIN" "$RAW_16K_DEV" "$RAW_16K_TEST"
   prepare_corpus real telephone real_8k_telephone "$REAL_8K_TRAIN" "$REAL_8K_DEV" "$REAL_8K_TEST"
   local simulate=("$PYTHON" local/data_simulation.py --config "$CHANNEL_CONF" --output_fs "$FRONTEND_FS"
     --seed "$SEED" "${LIMIT[@]}" "${WORKERS[@]}" "${DASK[@]}")
   for split in train dev test; do
-    "${simulate[@]}" --input "$WORK/raw_$split.jsonl" --output "$WORK/simulated_$split.jsonl" \
-      --output_audio_dir "$SIM/audio" ${BG_NOISE_SCP:+--bg_noise_scp "$BG_NOISE_SCP"}
+    "${simulate[@]}" --input "$WORK/raw_$split.jsonl" --output "$WORK/simulated_$split.jsonl" --output_audio_dir \
+      "$SIM/audio" ${BG_NOISE_SCP:+--bg_noise_scp "$BG_NOISE_SCP"} ${on[$split$ONLINE_CHANNEL]:+--online}
     convert "$WORK/simulated_$split.jsonl" "$SIM/${split}_formatted.jsonl" "$SIM/audio"
     convert "$WORK/real_$split.jsonl" "$REAL/${split}_formatted.jsonl" "$REAL/audio_upsampled" --do_upsample
     convert "$WORK/raw_$split.jsonl" "$WIDE/${split}_formatted.jsonl" "$WIDE/audio" --do_upsample

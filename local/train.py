@@ -73,7 +73,9 @@ def train(config: dict[str, Any]) -> None:
     import nano.dataset
     import nano.model  # noqa: F401  registers the model
     from nano.trainer import Trainer
+    from telephone.online import simulate
 
+    nano.dataset.FunASR.channel = staticmethod(simulate)
     Trainer.initial = config["init_param"]
     Trainer.lora = dict(config["llm_conf"]["lora_conf"]) if config["llm_conf"].get("use_lora") else None
     train_ds.Trainer = Trainer

@@ -265,8 +265,12 @@ def _quantile(given: Any, uniform: float) -> Any:
     if "mean" in given:
         normal = NormalDist(given["mean"], max(given["std"], 1e-9)).inv_cdf(max(uniform, 1e-9))
         return round(min(max(normal, given["min"]), given["max"]), 3)
-    shares = np.cumsum(list(given.values()))
-    return list(given)[np.searchsorted(shares / shares[-1], uniform, side="right")]
+    left = uniform * sum(given.values())
+    for name, share in given.items():
+        left -= share
+        if left < 0:
+            return name
+    return max(given, key=given.get)  # rounding left nothing
 
 
 def _sections(loaded: Any, path: str | Path) -> dict[str, dict]:
@@ -303,6 +307,6 @@ def _fits(given: Any, allowed: tuple) -> bool:
         return 0 <= given <= 1
     if isinstance(given, dict):
         ordered = allowed[0] <= given["min"] <= given["mean"] <= given["max"] <= allowed[1]
-        return ordered and given["std"] >= 0
+        return ordered and 0 <= given["std"] <= 1000 and len(given) == 4
     low, high = given
     return allowed[0] <= low <= high <= allowed[1]

@@ -57,7 +57,7 @@ def fir(samples: np.ndarray, spectrum: np.ndarray, taps: int) -> np.ndarray:
     padded = np.zeros(blocks * hop + taps - 1, np.float32)
     part = samples[: padded.size - taps // 2]
     padded[taps // 2 : taps // 2 + part.size] = part
-    windows = np.lib.stride_tricks.as_strided(padded, (blocks, BLOCK), (4 * hop, 4), writeable=False)
+    windows = np.ndarray((blocks, BLOCK), np.float32, padded, strides=(4 * hop, 4))
     spectra = rfft(windows, axis=1)
     spectra *= spectrum
     return irfft(spectra, BLOCK, axis=1, overwrite_x=True)[:, taps - 1 :].reshape(-1)[: samples.size]

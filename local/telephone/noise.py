@@ -108,7 +108,8 @@ class Recording(NamedTuple):
 def babble_source(voices: Sequence[Recording], exclude: str | None = None) -> Source:
     """Babble of three to seven of the utterances, never of the one named `exclude`, which it is mixed with."""
     def babble(rng: np.random.Generator, count: int, fs: int) -> tuple[np.ndarray, list[str]]:
-        others = [voice for voice in voices if voice.key != exclude] or list(voices)
+        own = exclude.split("#", 1)[0] if exclude else None  # key#2 is a repeat of key in a train list
+        others = [voice for voice in voices if voice.key not in (exclude, own)] or list(voices)
         chosen = rng.choice(len(others), size=min(len(others), int(rng.integers(3, 8))), replace=False)
         mix = np.zeros(count, np.float32)
         for i in chosen:
