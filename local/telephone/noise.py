@@ -21,6 +21,7 @@ from scipy.ndimage import maximum_filter1d
 from scipy.signal import bilinear_zpk, butter, lfilter, sosfilt, zpk2sos
 
 import audio
+from audio import rms_level
 from common import UserError
 from telephone.resample import resample
 
@@ -33,12 +34,6 @@ Source = Callable[[np.random.Generator, int, int], tuple[np.ndarray, list[str]]]
 def db_to_gain(db: float) -> float:
     """Decibels to an amplitude factor."""
     return 10.0 ** (db / 20.0)
-
-
-def rms_level(samples: np.ndarray) -> float:
-    """RMS level in dBov; -inf for digital silence."""
-    power = float(np.dot(samples, samples)) / max(samples.size, 1)
-    return 10.0 * math.log10(power) if power > 0 else -math.inf
 
 
 def active_level(samples: np.ndarray, fs: int) -> float:
