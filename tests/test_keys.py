@@ -95,8 +95,8 @@ def masked(lab, config):
 
 
 def optimiser(lab, config):
-    model = torch.nn.Linear(2, 2)
-    _model, optimizer, scheduler = lab.trainer(config).warp_optim_scheduler(model, **config)
+    config = config | {"model": torch.nn.Linear(2, 2)}
+    _model, optimizer, scheduler = lab.trainer(config).warp_optim_scheduler(**config)
     return type(optimizer), type(scheduler), optimizer.defaults, scheduler.get_last_lr()
 
 
@@ -114,7 +114,7 @@ def first_update(lab, config):
 def setting(lab, config):
     """Trainer's attribute of that name, which the trainer or main() reads somewhere other than where it is set."""
     name = config["key"].split(".")[-1]
-    assert sum(len(re.findall(rf"(?:self|trainer)\.{name}\b(?! =)", source)) for source in SOURCES) > 0
+    assert sum(len(re.findall(rf"(?:self|trainer)\.{name}\b(?! = )", source)) for source in SOURCES) > 0
     return getattr(lab.trainer(config), name)
 
 
@@ -162,7 +162,7 @@ def rows_used(lab, config):
 
 def slices(lab, config):
     lists = {name: str(lab.folder / "list.jsonl") for name in ("train_data_set_list", "valid_data_set_list")}
-    return tables.dataloader_classes["DataloaderMapStyle"](**config, **lists).data_split_num
+    return tables.dataloader_classes["DataloaderMapStyle"](**config | {"frontend": None, "tokenizer": None}, **lists).data_split_num
 
 
 def refusal(lab, config):

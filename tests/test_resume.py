@@ -116,7 +116,7 @@ class Training:
 
     def __init__(self, corpus: Path, output: Path, **overlay):
         self.corpus, self.output, self.notes = corpus, output, output.with_suffix(".notes")
-        never = {"dropout_rate": 0.0, "positional_dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+        never = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
         overlay = {
             "specaug": None, "audio_encoder_conf": never, "scheduler_conf": {"warmup_steps": 4},
             "optim_conf": {"lr": 0.003}, "dataset_conf": {"batch_size": 700, "sort_size": 8, "num_workers": 0},

@@ -40,9 +40,9 @@ class FunASR(Stock):
     epoch: int | None = None
 
     def __init__(self, path: str, cache_gib: float = 0.0, **kwargs: Any):
-        super().__init__(path, **kwargs)
-        if self.prompt_classes is not None:
+        if kwargs.get("prompt_classes"):
             raise ValueError("dataset_conf.prompt_classes adds a context to every prompt that decoding does not have")
+        super().__init__(path, **kwargs)
         # One try: the second would be a random other row.
         self.retry = 1
         self.batch_size_token_max = float("inf")
