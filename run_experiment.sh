@@ -211,10 +211,10 @@ score() { "$PYTHON" local/score.py --transcripts "$1" --output "$2" ${KEYWORDS:+
 # --- stage 5: report and final model folder -------------------------------------------------------------------------
 stage_5() {
   needs_model; needs 4 "$EVAL/summary.json" "$EVAL/checkpoints/final.pt"
-  TITLE="$EVAL -> $EXP_OUTPUT/report/index.html, $EXP_OUTPUT/final_model"
-  READS=("$EVAL"/{summary.json,interpolation.json,checkpoints/final.pt}) SETTINGS=("REPORT_AUDIO=$REPORT_AUDIO")
+  TITLE="$EVAL -> $EXP_OUTPUT/report/index.html, $EXP_OUTPUT/final_model" LOG=$EXP_OUTPUT/logs/stage5.log
+  READS=("$EVAL"/{summary.json,interpolation.json,checkpoints/final.pt}) FOLDERS=("$EXP_OUTPUT"/{report,final_model})
+  SETTINGS=("REPORT_AUDIO=$REPORT_AUDIO" "FRONTEND_FS=$FRONTEND_FS" "TEXT_STYLE=$TEXT_STYLE")
   WRITES=("$EXP_OUTPUT"/report/{index.html,report.md} "$EXP_OUTPUT"/final_model/{model.pt,config.yaml})
-  FOLDERS=("$EXP_OUTPUT/report" "$EXP_OUTPUT/final_model") LOG=$EXP_OUTPUT/logs/stage5.log
   run_stage 5 finish
 }
 

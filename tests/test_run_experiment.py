@@ -303,6 +303,25 @@ def test_the_chosen_weight_makes_the_final_model_and_test_is_decoded_once(recipe
     assert sets == ["simulated_test", "real_test", "wideband_test", "no_speech"]
 
 
+def test_the_sampling_rate_goes_from_stage_0_to_export_and_no_stage_after_the_first_may_have_another(recipe):
+    assert recipe(-1, 5, frontend_fs=8000).returncode == 0
+    given = {}
+    for call in recipe.calls():
+        for flag in {"--output_fs", "--fs", "--frontend_fs"} & set(call):
+            name = call[1] if call[0] == "prepare_training_data.py" else call[0]
+            given.setdefault(name, set()).add(options_of(call)[flag])
+    hearing = {"data_simulation.py", "convert", "validate", "check_training.py", "train.py", "decode.py"}
+    assert hearing < given.keys() and set().union(*given.values()) == {"8000"}
+    recipe.forget_calls()
+    for stage in (2, 3, 4, 5):
+        refused = recipe(stage, force="true")
+        assert refused.returncode == 2
+        assert "FRONTEND_FS is 16000, but stage 1 trained at 8000 Hz" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+    assert recipe.calls() == []
+    assert recipe(1).returncode == 1  # a choice of stage 1, but its data and work are of the other
+
+
 # --- failure, change, force
 
 
