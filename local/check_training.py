@@ -37,6 +37,7 @@ MORE_KEYS = {
     "train_conf.avg_keep_nbest_models_type", "train_conf.keep_nbest_models", "train_conf.use_bf16",
     "train_conf.use_deepspeed", "dataset_conf.cache_gib", "dataset_conf.prompt_classes", "dataset_conf.data_split_num",
     "ctc_decoder_conf.freeze", "audio_adaptor_conf.freeze", "audio_encoder_conf.freeze", "scheduler_conf.warmup_steps",
+    "fused_attention",
 }  # fmt: skip
 # The released config has them; upstream accepts and ignores them.
 DEAD_KEYS = {"lsm_weight", "length_normalized_loss", "audio_encoder_conf.freeze_layer_num", "dataset_conf.retry"}
