@@ -86,6 +86,7 @@ def train(config: dict[str, Any]) -> None:
     from funasr.download.download_model_from_hub import download_model
 
     import nano.dataset
+    import nano.frontend
     import nano.model  # noqa: F401  registers the model
     from nano.trainer import Trainer
 
