@@ -71,6 +71,7 @@ def train(config: dict[str, Any]) -> None:
     from funasr.bin import train_ds
 
     import nano.dataset
+    import nano.frontend
     import nano.model  # noqa: F401  registers the model
     from nano.trainer import Trainer
     from telephone.online import simulate

@@ -10,6 +10,7 @@ the mobile high-pass). Their delay is taken out again, so that transcripts stay 
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 from scipy.fft import irfft, rfft
