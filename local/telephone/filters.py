@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 from scipy.fft import irfft, rfft
-from scipy.signal import oaconvolve
+from scipy.signal import fftconvolve
 
 # dB relative to 1 kHz at FREQUENCIES, read off the published curves and rounded. `flat` is a path without a shape.
 FREQUENCIES = (0, 50, 100, 160, 200, 250, 315, 400, 630, 1000, 1600, 2000, 2500, 3150, 3400, 3600, 3800, 4000)
@@ -102,7 +102,7 @@ def room(rng: np.random.Generator, samples: np.ndarray, fs: int, rt60_s: float, 
     tail[: int(0.003 * fs)] = 0.0  # a table or wall is half a metre away
     tail *= np.float32(db_to_gain(-direct_db) / math.sqrt(float(np.dot(tail, tail))))
     tail[0] = 1.0
-    return oaconvolve(samples, tail)[: samples.size]
+    return fftconvolve(samples, tail)[: samples.size]
 
 
 def limit(samples: np.ndarray, kind: str) -> np.ndarray:
