@@ -260,6 +260,9 @@ def test_each_training_starts_from_the_one_before(recipe, tmp_path):
         str(exp / "stage2_adapter_align/averaged.pt"),
     ]
     assert "output of train.py" in (exp / "stage3_lora_domain/train.log").read_text()
+    names = [call[1] if call[0] == "prepare_training_data.py" else call[0] for call in recipe.calls()]
+    steps = [name for name in names if name in ("validate", "train.py")]
+    assert steps == ["validate"] + ["validate", "train.py"] * 3, "after stage 0, and before every training"
 
 
 def test_a_checkpoint_of_the_users_replaces_the_first_parent_only(recipe, tmp_path):
