@@ -161,8 +161,9 @@ def rows_used(lab, config):
 
 
 def slices(lab, config):
-    lists = {name: str(lab.folder / "list.jsonl") for name in ("train_data_set_list", "valid_data_set_list")}
-    return tables.dataloader_classes["DataloaderMapStyle"](**config | {"frontend": None, "tokenizer": None}, **lists).data_split_num
+    changed = {name: str(lab.folder / "list.jsonl") for name in ("train_data_set_list", "valid_data_set_list")}
+    changed |= {"frontend": None, "tokenizer": None}
+    return tables.dataloader_classes["DataloaderMapStyle"](**config | changed).data_split_num
 
 
 def refusal(lab, config):
