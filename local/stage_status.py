@@ -5,7 +5,6 @@ every JSONL written, and a hash of every input and option. The driver asks befor
 start, and again only after its outputs are there: a killed stage stays "started" and simply goes on.
 
     python local/stage_status.py check --stage 1 --output_root exp_output --inputs conf/a.yaml --config SEED=0
-    python local/stage_status.py start --stage 1 --output_root exp_output --inputs conf/a.yaml --config SEED=0
     python local/stage_status.py done  --stage 1 --output_root exp_output --outputs exp_output/exp/a/averaged.pt
     python local/stage_status.py show  --output_root exp_output
 
@@ -46,18 +45,17 @@ KALDI_FILES = ("wav.scp", "text", "segments", "utt2spk")
 
 def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Say whether a stage must run, and remember that it ran.")
-    parser.add_argument("action", choices=("check", "start", "done", "show"))
-    parser.add_argument("--stage", type=int, help="Number of the stage, -1 to 5.")
-    parser.add_argument("--output_root", required=True, help="The EXP_OUTPUT of the experiment.")
-    parser.add_argument("--inputs", nargs="*", default=[], help="Files and Kaldi folders the stage reads.")
-    parser.add_argument("--config", nargs="*", default=[], metavar="NAME=VALUE", help="Options that change its result.")
-    parser.add_argument("--outputs", nargs="*", default=[], help="Files the stage has to have written by `done`.")
-    parser.add_argument("--force", choices=("true", "false"), default="false", help="Redo the stage whatever it is.")
-    parser.add_argument(
-        "--on_change", choices=("refuse", "redo"), default="redo",
-        help="What a change of inputs means for earlier work: refuse to replace it without --force, or redo it.",
-    )
-    parser.add_argument("--pid", type=int, default=0, help="Process of the driver, to tell running from stopped.")
+    add = parser.add_argument
+    add("action", choices=("check", "start", "done", "show"))
+    add("--stage", type=int, help="Number of the stage, -1 to 5.")
+    add("--output_root", required=True, help="The EXP_OUTPUT of the experiment.")
+    add("--inputs", nargs="*", default=[], help="Files and Kaldi folders the stage reads.")
+    add("--config", nargs="*", default=[], metavar="NAME=VALUE", help="Options that change its result.")
+    add("--outputs", nargs="*", default=[], help="Files the stage has to have written by `done`.")
+    add("--force", choices=("true", "false"), default="false", help="Redo the stage whatever it is.")
+    add("--on_change", choices=("refuse", "redo"), default="redo",
+        help="What a change of inputs means for earlier work: refuse to replace it without --force, or redo it.")
+    add("--pid", type=int, default=0, help="Process of the driver, to tell running from stopped.")
     return parser.parse_args()
 
 
@@ -76,11 +74,9 @@ def fingerprint(inputs: list[str], config: list[str]) -> dict[str, dict[str, str
 
 def changes(before: dict[str, dict[str, str]], now: dict[str, dict[str, str]]) -> list[str]:
     """What differs between two fingerprints, each in a few words."""
-    found = []
-    for name in sorted(before["config"].keys() | now["config"].keys()):
-        old, new = before["config"].get(name) or "empty", now["config"].get(name) or "empty"
-        if old != new:
-            found.append(f"{name} {old} -> {new}")
+    names = sorted(before["config"].keys() | now["config"].keys())
+    options = [(name, before["config"].get(name) or "empty", now["config"].get(name) or "empty") for name in names]
+    found = [f"{name} {old} -> {new}" for name, old, new in options if old != new]
     for path in sorted(before["inputs"].keys() | now["inputs"].keys()):
         old, new = before["inputs"].get(path, "absent"), now["inputs"].get(path, "absent")
         if old != new:
@@ -105,9 +101,14 @@ def read_marker(root: str, stage: int) -> dict[str, Any] | None:
 def check(root: str, stage: int, now: dict, force: bool = False, refuse: bool = False) -> tuple[int, str]:
     """Decide about a stage: (exit code, one line that says why).
 
-    Raises UserError where the stage would replace work of other inputs and may not.
+    Raises UserError where the stage would replace work of other inputs and may not, and where its sampling rate is
+    not that of stage 1, where it is chosen.
     """
-    marker = read_marker(root, stage)
+    marker, first = read_marker(root, stage), read_marker(root, 1) if stage > 1 else None
+    chosen, asked = (facts["config"].get("FRONTEND_FS") for facts in (first or now, now))
+    if asked != chosen:
+        raise UserError(f"FRONTEND_FS is {asked}, but stage 1 trained at {chosen} Hz; add --frontend_fs {chosen}, or "
+                        "begin again at stage 0 in another --exp_output", code=2)  # fmt: skip
     if marker is None:
         return MUST_RUN, "not run yet"
     changed = changes(marker, now)

@@ -71,9 +71,12 @@ def train(config: dict[str, Any]) -> None:
     from funasr.bin import train_ds
 
     import nano.dataset
+    import nano.frontend
     import nano.model  # noqa: F401  registers the model
     from nano.trainer import Trainer
+    from telephone.online import simulate
 
+    nano.dataset.FunASR.channel = staticmethod(simulate)
     Trainer.initial = config["init_param"]
     Trainer.lora = dict(config["llm_conf"]["lora_conf"]) if config["llm_conf"].get("use_lora") else None
     train_ds.Trainer = Trainer

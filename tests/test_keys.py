@@ -74,6 +74,10 @@ def dropouts(lab, config):
     return [(name, module.p) for name, module in build_on_meta(config).named_modules() if hasattr(module, "p")]
 
 
+def layers(lab, config):
+    return sorted({type(module).__name__ for module in build_on_meta(config).modules()})
+
+
 def lora_scale(lab, config):
     return [module.scaling for module in build_on_meta(config).modules() if hasattr(module, "lora_A")]
 
@@ -209,6 +213,7 @@ ALIVE = {
     "llm_conf.lora_conf.target_modules": (["q_proj"], ["v_proj"], trained, LORA),
     "ctc_weight": (0.0, 0.5, loss, {}),
     "detach_ctc_decoder": (True, False, loss, {"ctc_decoder_conf.freeze": False}),
+    "fused_attention": (True, False, layers, {}),
     "frontend_conf.dither": (0.0, 1.0, features, {}),
     "specaug": (None, "SpecAugLFR", masked, {}),
     "specaug_conf.apply_time_warp": (True, False, masked, {}),

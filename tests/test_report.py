@@ -155,18 +155,26 @@ def test_the_final_model_loads_in_stock_funasr_without_this_repository(experimen
     torch.manual_seed(1)
     state["audio_adaptor.linear1.weight"] += 0.1 * torch.randn_like(state["audio_adaptor.linear1.weight"])
     torch.save({"state_dict": state, "lora": None}, tmp_path / "final.pt")
-    done = helper("export_model.py", "--model_dir", model_dir, "--checkpoint", tmp_path / "final.pt",
-                  "--summary", experiment[0] / "eval" / "summary.json", "--output", tmp_path / "out" / "final_model")
+    done = helper("final_model.py", "export", "--model_dir", model_dir, "--checkpoint", tmp_path / "final.pt",
+                  "--summary", experiment[0] / "eval" / "summary.json", "--output", tmp_path / "out" / "final_model",
+                  "--text_style", "spoken")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "out" / "final_model"
     assert not list((tmp_path / "out").glob(".*"))
     card = (folder / "MODEL_CARD.md").read_text("utf-8")
     assert "| real_test | final | 60 |" in card and "0.75 of the adapted model" in card and "abc123" in card
-    wav = next((experiment[0] / "data" / "real_8k_telephone" / "audio").glob("*.flac"))
-    code = (f"import torch; from funasr import AutoModel; m = AutoModel(model='final_model', disable_update=True, "
-            f"ctc_decoder=None, device='cpu'); s = torch.load('{tmp_path}/final.pt')['state_dict']; "
-            f"assert all(torch.equal(t, s[n]) for n, t in m.model.state_dict().items()); "
-            f"print('TEXT', m.generate('{wav}', max_length=10)[0]['text'])")
+    soundfile.write(tmp_path / "out" / "call.wav", 0.2 * np.sin(np.arange(32000) * 0.1), 16000)
+    lines = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), re.DOTALL)[1]
+    assert lines.count("\n") == 3
+    code = lines + f"""
+import torch
+state = torch.load("{tmp_path}/final.pt")["state_dict"]
+assert all(torch.equal(tensor, state[name]) for name, tensor in model.model.state_dict().items())
+options = {{}}, {{"itn": False}}, {{"itn": True}}
+texts = [model.generate("call.wav", max_length=10, **option)[0]["text"] for option in options]
+assert texts[0] == texts[1] != texts[2], texts  # unasked, it gets the prompt it was trained with
+print("TEXT", texts[0])
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "out", env={"HOME": str(tmp_path)},
                           capture_output=True, text=True, check=False)
     assert done.returncode == 0 and re.search(r"TEXT \S", done.stdout), done.stderr
@@ -175,7 +183,7 @@ def test_the_final_model_loads_in_stock_funasr_without_this_repository(experimen
 def test_a_checkpoint_of_another_model_is_not_exported(experiment, tmp_path):
     model_dir = build_folder(tmp_path / "base", "甲乙", {"encoder_dim": 64, "encoder_blocks": 1})
     torch.save({"state_dict": {"a": torch.ones(1)}, "lora": None}, tmp_path / "x.pt")
-    done = helper("export_model.py", "--model_dir", model_dir, "--checkpoint", tmp_path / "x.pt",
+    done = helper("final_model.py", "export", "--model_dir", model_dir, "--checkpoint", tmp_path / "x.pt",
                   "--summary", experiment[0] / "eval" / "summary.json", "--output", tmp_path / "final_model")
     assert done.returncode == 1 and "lacks" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
     assert not list(tmp_path.glob("*final_model*"))

@@ -22,7 +22,7 @@ import yaml
 from common import UserError
 
 SECTIONS = {
-    "": "ctc_weight detach_ctc_decoder specaug optim scheduler",
+    "": "ctc_weight detach_ctc_decoder fused_attention specaug optim scheduler",
     "audio_encoder_conf": "freeze dropout_rate attention_dropout_rate",
     "audio_adaptor_conf": "freeze dropout_rate attention_dropout_rate",
     "ctc_decoder_conf": "freeze dropout_rate attention_dropout_rate",

@@ -5,6 +5,7 @@ Set as `funasr.bin.train_ds.Trainer` by local/train.py. What differs from funasr
   * a checkpoint is written once, under a temporary name, then linked to its other names; upstream writes it up to
     three times in place, and a torn model.pt is a traceback at every later start;
   * a checkpoint inside an epoch counts its steps from the epoch's start, so a second resume repeats no data;
+  * the dataset is told the epoch before its workers start: a channel drawn online depends on it;
   * early stopping counts on after a resume, from what the checkpoint says; upstream starts anew;
   * the average of the best checkpoints takes frozen tensors from the initial checkpoint: averaging rounds them;
   * it counts how often each row was used in an epoch, and run.json says so ("rows_used").
@@ -87,6 +88,7 @@ class Trainer(stock.Trainer):
         self.idle = 0 < self.patience <= self.epochs_no_improve
         if self.idle:
             return
+        dataloader_train.dataset.epoch = epoch
         if not kwargs.get("start_step"):
             self.row_uses = torch.zeros(len(dataloader_train.dataset), dtype=torch.int32)
         super().train_epoch(model=model, dataloader_train=dataloader_train, epoch=epoch, **kwargs)
@@ -107,6 +109,7 @@ class Trainer(stock.Trainer):
                 self.best_val_loss, self.epochs_no_improve = self.val_loss_avg, 0
             if self.patience:
                 logging.info("no better loss for %d of %d epochs", self.epochs_no_improve, self.patience)
+
     def forward_step(self, model, batch, loss_dict=None) -> None:
         """One batch forward; in training, note its rows."""
         super().forward_step(model, batch, loss_dict)

@@ -54,7 +54,7 @@ def _g711_round_trip(law: str) -> np.ndarray:
 
 def g711(pcm: np.ndarray, law: str) -> np.ndarray:
     """A-law ("alaw") or mu-law ("ulaw") round trip."""
-    return _g711_round_trip(law)[pcm.view(np.uint16)]
+    return _g711_round_trip(law).take(pcm.view(np.uint16))
 
 
 def to_pcm(samples: np.ndarray) -> np.ndarray:
