@@ -74,6 +74,10 @@ def dropouts(lab, config):
     return [(name, module.p) for name, module in build_on_meta(config).named_modules() if hasattr(module, "p")]
 
 
+def layers(lab, config):
+    return sorted({type(module).__name__ for module in build_on_meta(config).modules()})
+
+
 def lora_scale(lab, config):
     return [module.scaling for module in build_on_meta(config).modules() if hasattr(module, "lora_A")]
 
@@ -161,9 +165,9 @@ def rows_used(lab, config):
 
 
 def slices(lab, config):
-    lists = {name: str(lab.folder / "list.jsonl") for name in ("train_data_set_list", "valid_data_set_list")}
-    loader = tables.dataloader_classes["DataloaderMapStyle"](**config | {"frontend": None, "tokenizer": None}, **lists)
-    return loader.data_split_num
+    changed = {name: str(lab.folder / "list.jsonl") for name in ("train_data_set_list", "valid_data_set_list")}
+    changed |= {"frontend": None, "tokenizer": None}
+    return tables.dataloader_classes["DataloaderMapStyle"](**config | changed).data_split_num
 
 
 def refusal(lab, config):
@@ -209,6 +213,7 @@ ALIVE = {
     "llm_conf.lora_conf.target_modules": (["q_proj"], ["v_proj"], trained, LORA),
     "ctc_weight": (0.0, 0.5, loss, {}),
     "detach_ctc_decoder": (True, False, loss, {"ctc_decoder_conf.freeze": False}),
+    "fused_attention": (True, False, layers, {}),
     "frontend_conf.dither": (0.0, 1.0, features, {}),
     "specaug": (None, "SpecAugLFR", masked, {}),
     "specaug_conf.apply_time_warp": (True, False, masked, {}),
