@@ -249,7 +249,7 @@ def simulate(args: argparse.Namespace, job: Job) -> None:
     tasks = enumerate(batches(read_entries(args), size))
     work = functools.partial(simulate_part, job)
     with open_ledger(args.output, args.max_reject_ratio) as ledger:
-        parts = parallel(work, tasks, args.num_workers, args.dask_scheduler)
+        parts = parallel(work, tasks, args.num_workers, args.dask_scheduler, batch_size=1)
         for part in progress(parts, -(-job["count"] // size), f"simulating, {size} rows each"):
             done = json.loads(Path(part).read_text(encoding="utf-8"))
             for row in done["rows"]:

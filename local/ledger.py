@@ -73,9 +73,11 @@ def open_ledger(output: str | os.PathLike, max_reject_ratio: float) -> Iterator[
 
 
 def parallel(
-    function: Callable, items: Iterable, num_workers: int, dask_scheduler: str | None = None
+    function: Callable, items: Iterable, num_workers: int, dask_scheduler: str | None = None, batch_size: int = 16
 ) -> Iterator:
     """Yield function(item) for each item, in order, from worker processes; only some items are read ahead.
+
+    `batch_size` items go to a worker at a time; 1 where an item is much work.
 
     UserError for a worker that the system killed, or a Dask scheduler (tcp://host:port) that does not answer.
     """
@@ -87,7 +89,7 @@ def parallel(
 
     with _dask(dask_scheduler) if dask_scheduler else contextlib.nullcontext(num_workers) as workers:
         # Neighbours go to one worker, which decodes a long call once for all its segments.
-        job = joblib.Parallel(workers, return_as="generator", batch_size=16, pre_dispatch="64*n_jobs")
+        job = joblib.Parallel(workers, return_as="generator", batch_size=batch_size, pre_dispatch="64*n_jobs")
         try:
             yield from job(joblib.delayed(function)(item) for item in items)
         except TerminatedWorkerError as error:
