@@ -36,7 +36,8 @@ def db_to_gain(db: float) -> float:
 
 def rms_level(samples: np.ndarray) -> float:
     """RMS level in dBov; -inf for digital silence."""
-    power = float(np.dot(samples, samples)) / max(samples.size, 1)
+    # Not np.dot: its last bits depend on how many threads it has, and so would the audio on the number of workers.
+    power = float(np.square(samples).sum()) / max(samples.size, 1)
     return 10.0 * math.log10(power) if power > 0 else -math.inf
 
 
@@ -100,7 +101,7 @@ def room(rng: np.random.Generator, samples: np.ndarray, fs: int, rt60_s: float, 
     count = int(fs * rt60_s)
     tail = rng.standard_normal(count, dtype=np.float32) * np.exp(-6.9 * np.arange(count) / count, dtype=np.float32)
     tail[: int(0.003 * fs)] = 0.0  # a table or wall is half a metre away
-    tail *= np.float32(db_to_gain(-direct_db) / math.sqrt(float(np.dot(tail, tail))))
+    tail *= np.float32(db_to_gain(-direct_db) / math.sqrt(float(np.square(tail).sum())))
     tail[0] = 1.0
     return fftconvolve(samples, tail)[: samples.size]
 
