@@ -106,6 +106,9 @@ def check_rows(path: Path, most: dict[str, int], fs: int) -> None:
         if speech + text > most["max_token_length"]:
             raise UserError(f"{path}: {key} has {speech + text} frames and tokens, the sampler would skip it; raise "
                             f"dataset_conf.max_token_length above {most['max_token_length']}")  # fmt: skip
+        channel = row.get("channel")
+        if isinstance(channel, dict) and "online" in channel and not Path(channel["online"]).is_file():
+            raise UserError(f"{path}: {key}: no channel settings {channel['online']}; run stage 0 again")
         audio = re.search(r"<\|startofspeech\|>!(.*?)<\|endofspeech\|>", row["messages"][1]["content"]).group(1)
         try:
             info = soundfile.info(audio)
