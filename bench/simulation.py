@@ -2,9 +2,10 @@
 
     python bench/simulation.py --peers PEERS_VENV/bin/python --output exp_output/bench/simulation.json
 
-Every contender is a process of its own with one thread on one core. They take turns, round after round, over 5 s and
-60 s files in WAV, so that whatever else the machine does hits all alike; the best round of each counts. The default
-mix is set against a bound in which nothing but its codecs takes time; they are timed inside the same run.
+Every contender is a process of its own with one thread on one core, on files in memory. They take turns, round after
+round, over 5 s and 60 s files in WAV, so that whatever else the machine does hits all alike; the best round of each
+counts, in processor time. The default mix is set against a bound in which nothing but its codecs takes time; they are
+timed inside the same run.
 `make bench` calls this; a peer that is not installed is null.
 """
 
@@ -66,7 +67,7 @@ def start(name: str, folder: Path, peers: str) -> subprocess.Popen | None:
 
 def two_workers(folder: Path, rounds: int) -> float:
     """How much sooner two workers finish the default mix than one."""
-    paths = sorted(folder.glob("5s_*.wav"))
+    paths = 3 * sorted(folder.glob("5s_*.wav"))  # enough work that its last pieces do not decide
     contenders = {}
     for count in (1, 2):
         out = folder / "out" / f"workers{count}"

@@ -99,7 +99,8 @@ def length(
 
 def rms_level(samples: np.ndarray) -> float:
     """RMS level in dBov; -inf for digital silence."""
-    power = float(np.dot(samples, samples)) / max(samples.size, 1)
+    # Not np.dot: its last bits depend on how many threads it has, and so would the audio on the number of workers.
+    power = float(np.square(samples).sum()) / max(samples.size, 1)
     return 10.0 * math.log10(power) if power > 0 else -math.inf
 
 

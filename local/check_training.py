@@ -140,6 +140,9 @@ def check_rows(path: Path, dataset: dict[str, Any], fs: int) -> int:
         if speech + text > both_most:
             raise UserError(f"{path}: {key} has {speech + text} frames and tokens, the sampler would skip it; raise "
                             f"dataset_conf.max_token_length above {both_most}")  # fmt: skip
+        channel = row.get("channel")
+        if isinstance(channel, dict) and "online" in channel and not Path(channel["online"]).is_file():
+            raise UserError(f"{path}: {key}: no channel settings {channel['online']}; run stage 0 again")
         try:
             info = soundfile.info(audio)
         except (soundfile.LibsndfileError, OSError) as error:

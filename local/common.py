@@ -129,8 +129,12 @@ def file_hash(path: str | os.PathLike) -> str:
     return digest.hexdigest()[:16]
 
 
-def parallel(function: Callable, items: Iterable, num_workers: int, dask_scheduler: str | None = None) -> Iterator:
+def parallel(
+    function: Callable, items: Iterable, num_workers: int, dask_scheduler: str | None = None, batch_size: int = 16
+) -> Iterator:
     """Yield function(item) for each item, in order, from worker processes; only some items are read ahead.
+
+    `batch_size` items go to a worker at a time; 1 where an item is much work.
 
     UserError for a worker that the system killed, or a Dask scheduler (tcp://host:port) that does not answer.
     """
@@ -142,7 +146,7 @@ def parallel(function: Callable, items: Iterable, num_workers: int, dask_schedul
 
     with _dask(dask_scheduler) if dask_scheduler else contextlib.nullcontext(num_workers) as workers:
         # Neighbours go to one worker, which decodes a long call once for all its segments.
-        job = joblib.Parallel(workers, return_as="generator", batch_size=16, pre_dispatch="64*n_jobs")
+        job = joblib.Parallel(workers, return_as="generator", batch_size=batch_size, pre_dispatch="64*n_jobs")
         try:
             yield from job(joblib.delayed(function)(item) for item in items)
         except TerminatedWorkerError as error:

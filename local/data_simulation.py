@@ -92,7 +92,7 @@ def simulate_row(row: dict[str, Any], job: Job) -> dict[str, Any]:
         samples, fs = audio.read(row["source"], row.get("channel"), row.get("start"), row.get("end"))
         if samples.size < 0.1 * fs:
             raise audio.AudioError("too_short", f"{samples.size / fs:.4f} s")
-    path = Path(job["audio_dir"]) / f"{key_hash(row['key']) >> 56:02x}" / audio.file_name(row["key"], job["suffix"])
+    path = f"{job['audio_dir']}/{key_hash(row['key']) >> 56:02x}/{audio.file_name(row['key'], job['suffix'])}"
     if job["online"]:
         return wideband_row(row, samples, fs, path, job)
     call = online.call(job, plan, row["key"], samples, fs)
@@ -103,10 +103,10 @@ def simulate_row(row: dict[str, Any], job: Job) -> dict[str, Any]:
     if "probe" not in row:
         cut = {f"wideband_{name}": row[name] for name in ("channel", "start", "end") if row.get(name) is not None}
         out |= {"wideband_source": row["source"], **cut}
-    return out | {"source": str(path), "channel": plan}
+    return out | {"source": path, "channel": plan}
 
 
-def wideband_row(row: dict[str, Any], samples: np.ndarray, fs: int, path: Path, job: Job) -> dict[str, Any]:
+def wideband_row(row: dict[str, Any], samples: np.ndarray, fs: int, path: str, job: Job) -> dict[str, Any]:
     """The row that training will simulate: its audio mono and at the rate training reads, in place where it is so."""
     cut = {name: row[name] for name in ("channel", "start", "end") if row.get(name) is not None}
     if fs < job["output_fs"]:
@@ -117,7 +117,7 @@ def wideband_row(row: dict[str, Any], samples: np.ndarray, fs: int, path: Path, 
     out = {name: value for name, value in row.items() if name not in cut}
     if fs != job["output_fs"] or not audio.length(row["source"], **cut).plain:
         audio.write(path, heard, job["output_fs"])
-        out["source"] = str(path)
+        out["source"] = path
     wideband = {f"wideband_{name}": value for name, value in cut.items()} | {"wideband_source": row["source"]}
     return out | wideband | {"channel": {"online": job["online"]}}
 
@@ -248,7 +248,7 @@ def simulate(args: argparse.Namespace, job: Job) -> None:
     tasks = enumerate(batches(read_entries(args), size))
     work = functools.partial(simulate_part, job)
     with open_ledger(args.output, args.max_reject_ratio) as ledger:
-        parts = parallel(work, tasks, args.num_workers, args.dask_scheduler)
+        parts = parallel(work, tasks, args.num_workers, args.dask_scheduler, batch_size=1)
         for part in progress(parts, -(-job["count"] // size), f"simulating, {size} rows each"):
             done = json.loads(Path(part).read_text(encoding="utf-8"))
             for row in done["rows"]:

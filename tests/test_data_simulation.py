@@ -22,11 +22,12 @@ ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, str(ROOT / "local" / "data_simulation.py")]
 
 
-def simulate(folder, *more, manifest="in.jsonl", output="out"):
+def simulate(folder, *more, manifest="in.jsonl", output="out", **environment):
     command = [*COMMAND, "--output", f"{output}/sim.jsonl", "--output_audio_dir", f"{output}/audio"]
     command += ["--config", str(ROOT / "conf" / "telephone_channel.yaml")]
     command += ["--input", manifest] if manifest else []
-    return subprocess.run([*command, *map(str, more)], cwd=folder, capture_output=True, text=True)
+    environment = os.environ | environment
+    return subprocess.run([*command, *map(str, more)], cwd=folder, capture_output=True, text=True, env=environment)
 
 
 def rows(path):
@@ -81,6 +82,8 @@ def test_rows_keep_order_and_fields_and_name_the_audio(corpus):
 def test_workers_do_not_change_a_byte(corpus):
     assert simulate(corpus, "--num_workers", 2, output="two").returncode == 0
     assert fingerprint(corpus, "two") == fingerprint(corpus, "out")
+    assert simulate(corpus, output="thread", OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1").returncode == 0
+    assert fingerprint(corpus, "thread") == fingerprint(corpus, "out")
     assert simulate(corpus, "--seed", 1, output="seed1").returncode == 0
     assert fingerprint(corpus, "seed1") != fingerprint(corpus, "out")
 

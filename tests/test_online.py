@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import yaml
 
 import audio
 import nano.dataset
@@ -11,7 +12,7 @@ from nano.miniature import build_folder
 from telephone import noise, online
 from telephone.channel import load_config
 from test_telephone import CONF, speech
-from test_training import ALPHABET, SMALL, build
+from test_training import ALPHABET, SMALL, build, helper
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +107,28 @@ def test_a_channel_that_fails_stops_training_and_says_where(parts, monkeypatch):
     data.epoch = 0
     with pytest.raises(RuntimeError, match="u0.*made"):
         data[0]
+
+
+def test_a_stage_trains_online_in_workers_and_stops_where_the_settings_are_gone(parts, tmp_path):
+    folder, _, rows = parts
+    dev = [{name: value for name, value in row.items() if name != "channel"} for row in rows]
+    gone = [row | {"channel": {"online": str(tmp_path / "gone.json")}} for row in rows]
+    for name, listed in (("train", rows), ("dev", dev), ("gone", gone)):
+        write_jsonl(tmp_path / f"{name}.jsonl", listed)
+    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump({
+        "optim_conf": {"lr": 0.003}, "scheduler_conf": {"warmup_steps": 2},
+        "train_conf": {"max_epoch": 2, "keep_nbest_models": 1, "avg_nbest_model": 1, "log_interval": 1},
+        "dataset_conf": {"batch_type": "example", "batch_size": 4, "num_workers": 2},
+    }))  # fmt: skip
+    arguments = [
+        "--stage_conf", "conf/stage1_encoder_adapt.yaml", "--overlay", tmp_path / "overlay.yaml",
+        "--model_dir", folder / "model", "--init_checkpoint", folder / "model/model.pt",
+        "--valid_list", tmp_path / "dev.jsonl",
+    ]  # fmt: skip
+    trained = helper("train.py", *arguments, "--train_list", tmp_path / "train.jsonl", "--output_dir", tmp_path / "a")
+    assert trained.returncode == 0 and (tmp_path / "a/averaged.pt").is_file(), trained.stderr[-2000:]
+    stopped = helper("train.py", *arguments, "--train_list", tmp_path / "gone.jsonl", "--output_dir", tmp_path / "b")
+    assert stopped.returncode != 0 and "gone.json" in stopped.stderr and not (tmp_path / "b/averaged.pt").exists()
+    before = helper("check_training.py", "before", *arguments, "--train_list", tmp_path / "gone.jsonl",
+                    "--output_dir", tmp_path / "b")  # fmt: skip
+    assert before.returncode == 1 and "gone.json" in before.stderr.splitlines()[-1]

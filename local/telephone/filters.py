@@ -94,7 +94,7 @@ def room(rng: np.random.Generator, samples: np.ndarray, fs: int, rt60_s: float, 
     count = int(fs * rt60_s)
     tail = rng.standard_normal(count, dtype=np.float32) * np.exp(-6.9 * np.arange(count) / count, dtype=np.float32)
     tail[: int(0.003 * fs)] = 0.0  # a table or wall is half a metre away
-    tail *= np.float32(db_to_gain(-direct_db) / math.sqrt(float(np.dot(tail, tail))))
+    tail *= np.float32(db_to_gain(-direct_db) / math.sqrt(float(np.square(tail).sum())))
     tail[0] = 1.0
     return fftconvolve(samples, tail)[: samples.size]
 

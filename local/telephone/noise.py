@@ -29,6 +29,9 @@ from telephone.resample import resample
 DBM0 = 6.15  # dBm0 of a signal at 0 dBov, A-law
 SILENT_DBOV = -70.0  # speech this faint is lost in 16-bit rounding and the idle noise of an A-law line, -72 dBov
 
+# What the four pairs of bits in a byte stand for.
+CONVERTER_STEPS = (((np.arange(256)[:, None] >> np.arange(0, 8, 2) & 3) * 2 - 3) / 32768).astype(np.float32)
+
 Source = Callable[[np.random.Generator, int, int], tuple[np.ndarray, list[str]]]
 
 
@@ -41,11 +44,11 @@ def active_level(samples: np.ndarray, fs: int) -> float:
     block_s = 0.005  # P.56's 30 ms envelope changes little in 5 ms
     block = max(1, round(fs * block_s))
     whole = samples[: samples.size // block * block].reshape(-1, block)
-    energy = np.einsum("ij,ij->i", whole, whole, dtype=np.float64)
+    energy = np.einsum("ij,ij->i", whole, whole).astype(np.float64)
     if whole.size == 0 or energy.sum() <= 0:
         return rms_level(samples)
     keep = math.exp(-block_s / 0.03)
-    envelope = np.abs(whole).mean(axis=1, dtype=np.float64)
+    envelope = np.einsum("ij->i", np.abs(whole)).astype(np.float64) / block
     envelope = lfilter([(1 - keep) ** 2], [1, -2 * keep, keep * keep], envelope)
     hangover = round(0.2 / block_s)
     held = np.sort(maximum_filter1d(envelope, hangover, origin=hangover // 2 - 1, mode="constant"))
@@ -82,8 +85,8 @@ def converter(rng: np.random.Generator, count: int) -> np.ndarray:
 
     Without them A-law would turn digital silence into a constant; with them it idles at +-8, as lines do.
     """
-    bits = rng.integers(0, 256, count, dtype=np.uint8) >> 6
-    return bits * np.float32(2 / 32768) - np.float32(3 / 32768)
+    codes = np.frombuffer(rng.bytes(-(-count // 4)), np.uint8)
+    return CONVERTER_STEPS.take(codes, axis=0).reshape(-1)[:count]
 
 
 @functools.lru_cache
