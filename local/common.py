@@ -145,10 +145,12 @@ def parallel(
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     with _dask(dask_scheduler) if dask_scheduler else contextlib.nullcontext(num_workers) as workers:
-        # Neighbours go to one worker, which decodes a long call once for all its segments.
-        job = joblib.Parallel(workers, return_as="generator", batch_size=batch_size, pre_dispatch="64*n_jobs")
+        # Neighbours go to one worker, which decodes a long call once for all its segments. joblib reads on however
+        # many results wait to be taken: what it is given at a time bounds them.
+        job = joblib.Parallel(workers, return_as="generator", batch_size=batch_size, pre_dispatch="all")
         try:
-            yield from job(joblib.delayed(function)(item) for item in items)
+            for part in batches(items, 256 * workers):
+                yield from job(joblib.delayed(function)(item) for item in part)
         except TerminatedWorkerError as error:
             raise UserError(
                 "a worker was killed by the system (out of memory?); finished files are kept: "
