@@ -56,6 +56,9 @@ demo: setup  ## the whole recipe on a corpus it speaks itself, on CPU, in minute
 	  --force "$(FORCE)"
 	@cat "$(DEMO)/eval/scores.txt" && echo "report: $(DEMO)/report/index.html"
 
+ablation-fs: demo  ## the demo again with features at 8 kHz: docs/frontend_fs.md says which rate is better
+	@$(DEMO_ENV) $(VENV) bench/ablation_fs.py --demo "$(DEMO)" --seed "$(SEED)" --table docs/frontend_fs.md
+
 test: setup  ## the quick tests, under ten minutes
 	@$(VENV) -m pytest -m "not full"
 

@@ -86,7 +86,7 @@ stage_0() {
 }
 
 prepare_data() {
-  local split folder sources=(); local -A on=([train1]=1)
+  local split sources=(); local -A on=([train1]=1)
   prepare_corpus raw wideband simulated_8k_telephone "$RAW_16K_TRAIN" "$RAW_16K_DEV" "$RAW_16K_TEST"
   prepare_corpus real telephone real_8k_telephone "$REAL_8K_TRAIN" "$REAL_8K_DEV" "$REAL_8K_TEST"
   local simulate=("$PYTHON" local/data_simulation.py --config "$CHANNEL_CONF" --output_fs "$FRONTEND_FS"
@@ -102,11 +102,10 @@ prepare_data() {
   done
   "${simulate[@]}" --no_speech_probe 12 --output "$WORK/no_speech.jsonl" --output_audio_dir "$DATA/no_speech/audio"
   convert "$WORK/no_speech.jsonl" "$DATA/no_speech/test_formatted.jsonl" "$DATA/no_speech/audio"
-  for folder in "$SIM" "$REAL" "$WIDE"; do
-    "${PREPARE[@]}" validate --fs "$FRONTEND_FS" --input "$folder"/{train,dev,test}_formatted.jsonl
-  done
+  validate
   "${PREPARE[@]}" stats --data_dir "$DATA" --source "${sources[@]}"
 }
+validate() { "${PREPARE[@]}" validate --fs "$FRONTEND_FS" --input "${TRAIN_DATA[@]}" "${TEST_DATA[@]}"; }
 gather_rejected() { cat "${@:3}" "$1/rejected_$2_formatted.jsonl" >"$1/rejected_$2.jsonl"; }  # FOLDER SPLIT FILE...
 
 prepare_corpus() {  # NAME BAND FOLDER TRAIN DEV TEST -> work/NAME_{train,dev,test}.jsonl: no speaker is in two of them
@@ -152,6 +151,7 @@ train_stage() {  # NUMBER TITLE PARENT_CHECKPOINT
 }
 
 train() {
+  validate
   "$PYTHON" local/make_train_list.py --stage "$N" --simulated "$SIM" --real "$REAL" --wideband "$WIDE" \
     --real_share "$REAL_SHARE" --wideband_replay "$WIDEBAND_REPLAY" --simulated_share "$SIMULATED_SHARE" \
     --seed "$SEED" --output "$DIR/trainlist.jsonl" --valid_output "$DIR/valid.jsonl"

@@ -30,8 +30,7 @@ STAGES = {
 pytestmark = pytest.mark.full
 
 
-@pytest.fixture
-def experiment(tmp_path) -> Path:
+def prepare(tmp_path: Path) -> Path:
     """What stages -1 and 0 leave behind, for 13 utterances of noise in each corpus, and tiny overlays."""
     model = build_folder(tmp_path / "model folder", ALPHABET, SIZE, seed=1)
     write = tmp_path / "exp" / "model" / "model_dir.txt"
@@ -97,14 +96,30 @@ def check_stage(folder: Path, modules: set[str]) -> str:
     return (folder / "train.log").read_text()
 
 
-def test_each_stage_trains_on_two_processes_of_one_machine(experiment):
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Stages 1 to 3, two processes each."""
+    experiment = prepare(tmp_path_factory.mktemp("two processes"))
     finish(start(experiment, "1 3", ngpu=2, master_port=free_port()))
+    return experiment / "exp/exp/8k_telephone"
+
+
+def test_each_stage_trains_on_two_processes_of_one_machine(trained):
     for stage, modules in STAGES.items():
-        log = check_stage(experiment / "exp/exp/8k_telephone" / stage, modules)
+        log = check_stage(trained / stage, modules)
         assert "train, rank: 0" in log and "train, rank: 1" in log
 
 
-def test_two_machines_train_together_and_one_of_them_keeps_the_books(experiment):
+def test_tensorboard_shows_the_losses_of_every_stage(trained):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for stage in STAGES:
+        events = event_accumulator.EventAccumulator(str(trained / stage / "tensorboard")).Reload()
+        for curve in ("rank0_loss/train", "rank0_lr/train", "stats_rank0_acc/val"):
+            assert events.Scalars(curve), f"{stage}: {curve} is empty"
+
+
+def test_two_machines_train_together_and_one_of_them_keeps_the_books(tmp_path):
+    experiment = prepare(tmp_path)
     both = {"nnodes": 2, "ngpu": 1, "master_addr": "127.0.0.1", "master_port": free_port()}
     machines = [start(experiment, "1 2", node_rank=rank, **both) for rank in (0, 1)]
     finish(*machines)

@@ -561,6 +561,54 @@ def test_a_worker_killed_by_the_system_is_a_clear_error_and_work_is_kept(tmp_pat
     assert list((tmp_path / "out/audio").rglob("*.flac")) and not (tmp_path / "out/train_formatted.jsonl").exists()
 
 
+def test_a_full_disk_is_one_line_and_finished_work_is_kept(tmp_path, corpus):
+    source, disk = write_lines(tmp_path / "in.jsonl", many(corpus, 80)), tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=False).returncode:
+        pytest.skip("may not mount a small disk here")
+    try:
+        process = start_convert(disk, source, "--num_workers", 2)
+        _, log = process.communicate(timeout=120)
+        assert process.returncode == 1 and "error: No space left" in log and "Traceback" not in log, log
+        written = {path: path.stat().st_mtime_ns for path in disk.rglob("*.flac")}
+        assert written and all(soundfile.info(path).frames == 32000 for path in written)
+        subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
+        assert start_convert(disk, source, "--num_workers", 2).wait() == 0
+        assert len(read_lines(disk / "train_formatted.jsonl")) == 80
+        assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.full
+def test_data_prep_takes_ten_of_each_corpus_and_says_what_the_whole_would_take(tmp_path):
+    from nano.miniature import build_folder
+
+    home = tmp_path / "it's my $(data)"
+    home.mkdir()
+    for name, rate in (("raw_16k", 16000), ("real_8k", 8000)):
+        for split in ("train", "dev"):
+            rows = []
+            for i in range(15):
+                key = f"{name}-{split}-{i}"
+                soundfile.write(home / f"{key}.wav", speech(1.0, rate, len(rows) + 99 * len(name + split)), rate)
+                rows.append({"key": key, "source": f"{key}.wav", "target": "你好世界", "speaker": key})
+            write_lines(home / f"{name}_{split}.jsonl", [*rows, "no json", rows[0] | {"key": "x", "target": "[noise]"}])
+    build_folder(home / "base", "你好世界")
+    (home / "exp/model").mkdir(parents=True)
+    (home / "exp/model/model_dir.txt").write_text(f"{home / 'base'}\n")
+    sets = [f"{name}_{split}" for name in ("raw_16k", "real_8k") for split in ("train", "dev")]
+    options = [f"--{name}={home / name}.jsonl" for name in sets]
+    line = ["bash", ROOT / "test_data_prep.sh", "--exp_output", home / "exp", "--python", sys.executable, *options]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert f"simulated_8k_telephone/train={home}/raw_16k_train.jsonl: about 17 utterances, 0.0 hours" in done.stdout
+    assert "core-hours of simulation" in done.stdout and done.stdout.count(": about 17 utterances") == 4
+    report = (home / "exp/test_data_prep/data/STAGE0_COMPLETION_REPORT.md").read_text()
+    assert "| real_8k_telephone/train | 10 |" in report and "| simulated_8k_telephone/train | 10 |" in report
+    assert sorted(path.name for path in (home / "exp").iterdir() if path.name[0] != ".") == ["model", "test_data_prep"]
+
+
 @pytest.mark.full
 def test_twenty_kills_and_a_rerun_end_in_the_same_bytes(tmp_path, corpus):
     source, folder = write_lines(tmp_path / "in.jsonl", many(corpus, 3000)), tmp_path / "out"

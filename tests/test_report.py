@@ -93,13 +93,16 @@ def test_headline_agrees_with_the_summary_and_the_file_needs_no_network(experime
         cer = f"{100 * scores[model, 'real_test']['cer']:.2f}"
         assert cer in page.split("Scores")[0] and cer in text.split("## Scores")[0]
     assert f"{100 * scores['final', 'real_test']['cer_low']:.2f}" in page.split("Scores")[0]
-    assert "Deploy: calls are recognised better" in page
+    assert re.search(r"<strong>Deploy: [\d.]+ % of characters on recorded calls are wrong", page)
+    assert "rejected_test" not in page.split("<h2>Data</h2>")[1]
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert page.count("<audio") == 20 + 2 * 3  # the worst, and each codec with its original
     assert "Missing from this report" not in page
     assert "bash run_experiment.sh &#39;1&#39;" in page and "audio_encoder 700" in page and "abc123" in page
-    for name in scores:
-        assert name[0] in text and name[1] in text
+    for model, _ in scores:
+        assert f"| {model} |" in text
+    for name in ("recorded calls", "simulated calls", "wideband speech", "no speech"):
+        assert f"<td>{name}</td>" in page
 
 
 def test_without_audio_no_voice_is_in_the_file(experiment, tmp_path):
@@ -120,7 +123,8 @@ def test_missing_parts_are_named_not_invented(tmp_path):
 
 
 def score(model, test_set, cer=None, p_value=None, chars_per_minute=None):
-    return {"model": model, "test_set": test_set, "cer": cer, "p_value": p_value, "chars_per_minute": chars_per_minute}
+    return {"model": model, "test_set": test_set, "cer": cer, "p_value": p_value, "chars_per_minute": chars_per_minute,
+            "cer_low": None, "cer_high": None, "kwer": None, "utterances": 9}
 
 
 GOOD = [
@@ -134,14 +138,17 @@ def test_the_verdict_follows_the_scores():
     assert judge(GOOD, 0.01)["deploy"] is True
     for index, change, reason in (
         (1, {"p_value": 0.2}, "not reliably better"), (1, {"cer": 0.31}, "not reliably better"),
-        (3, {"cer": 0.07}, "wideband CER rose by 2.00 points"), (5, {"chars_per_minute": 30.0}, "nobody speaks"),
+        (3, {"cer": 0.07}, "CER, wideband speech: 5.00 → 7.00 % (a rise"),
+        (5, {"chars_per_minute": 30.0}, "nobody speaks"),
     ):
         verdict = judge([row | (change if at == index else {}) for at, row in enumerate(GOOD)], 0.01)
         assert verdict["deploy"] is False and reason in verdict["against"][0]
     unscored = [row for row in GOOD if row["test_set"] != "wideband_test"]
-    assert judge(unscored, 0.01)["against"] == ["wideband_test was not scored"]
+    assert judge(unscored, 0.01)["against"] == ["wideband speech: not scored"]
     simulated = [row | {"test_set": row["test_set"].replace("real", "simulated")} for row in GOOD]
-    assert "no real calls" in judge(simulated, 0.01)["against"][0]
+    assert judge(simulated, 0.01)["against"] == ["recorded calls: not scored"]
+    poor = [row | {"chars_per_minute": 100.0} if row["test_set"] == "no_speech" else row for row in GOOD]
+    assert judge(poor, 0.01)["deploy"] and "speech only" in judge(poor, 0.01)["notes"][0]
 
 
 def test_losses_are_read_from_the_trainers_own_log_lines():

@@ -147,6 +147,8 @@ def test_usage_lists_every_option_with_its_comment(repository, arguments):
         (["1", "--force", "yes"], "--force 'yes': expected true false"),
         (["1", "--text_style", "sung"], "--text_style 'sung': expected written spoken"),
         (["1", "--frontend_fs", "44100"], "--frontend_fs '44100': expected 16000 8000"),
+        (["1", "--online_channel", "yes"], "--online_channel 'yes': expected 0 1"),
+        (["0", "--online_channel", "1", "--frontend_fs", "8000"], "--online_channel 1 needs --frontend_fs 16000"),
         (["4", "--alphas", "0.5 2"], "--alphas '0.5 2'"),
         (["1", "--exp_output", ""], "--exp_output is empty"),
         (["1", "--config", "nowhere.conf"], "--config nowhere.conf does not exist"),
@@ -258,6 +260,9 @@ def test_each_training_starts_from_the_one_before(recipe, tmp_path):
         str(exp / "stage2_adapter_align/averaged.pt"),
     ]
     assert "output of train.py" in (exp / "stage3_lora_domain/train.log").read_text()
+    names = [call[1] if call[0] == "prepare_training_data.py" else call[0] for call in recipe.calls()]
+    steps = [name for name in names if name in ("validate", "train.py")]
+    assert steps == ["validate"] + ["validate", "train.py"] * 3, "after stage 0, and before every training"
 
 
 def test_a_checkpoint_of_the_users_replaces_the_first_parent_only(recipe, tmp_path):
@@ -396,3 +401,13 @@ def test_no_space_left_is_one_line_and_leaves_nothing_half_written(recipe, tmp_p
         assert [path.name for path in disk.rglob("*") if path.is_file() and path.stat().st_size] == ["filler"]
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_with_online_channel_no_simulated_training_audio_is_written(recipe):
+    for value, wanted in ((0, [False] * 4), (1, [True, False, False, False])):
+        recipe.forget_calls()
+        done = recipe("-1", "0", online_channel=value, exp_output=recipe.exp / str(value))
+        assert done.returncode == 0, done.stderr
+        simulated = [call for call in recipe.calls() if call[0] == "data_simulation.py"]
+        assert ["--online" in call for call in simulated] == wanted
+        assert "simulated_train.jsonl" in options_of(simulated[0])["--output"]

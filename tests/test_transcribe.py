@@ -18,6 +18,7 @@ from nano.miniature import build_folder
 from telephone.resample import resample
 
 ROOT = __file__.rsplit("/tests/", 1)[0]
+CONF = read_conf(f"{ROOT}/conf/decode.yaml") | {"max_new_tokens": 20}
 TEXTS = ["您好我的订单号是一二三四", "您的账户已经逾期了", "我要退款"]
 
 
@@ -79,7 +80,7 @@ def test_no_piece_is_longer_than_half_a_minute_and_none_of_the_speech_is_lost(va
 def test_where_nobody_speaks_nothing_is_transcribed(vad, recogniser, tmp_path):
     hum = 0.05 * np.sin(np.arange(8 * 8000) * 2 * np.pi * 50 / 8000)
     soundfile.write(tmp_path / "hum.wav", hum, 8000)
-    dialogue = transcribe.transcribe(tmp_path / "hum.wav", recogniser, vad, "语音转写：", read_conf("conf/decode.yaml"))
+    dialogue = transcribe.transcribe(tmp_path / "hum.wav", recogniser, vad, "语音转写：", CONF)
     assert dialogue == {"seconds": 8.0, "channels": 1, "segments": []} and transcribe.as_text(dialogue) == ""
 
 
@@ -87,11 +88,11 @@ def test_the_text_is_that_of_the_upsampled_piece_alone(vad, recogniser, spoken, 
     call, _ = join(spoken)
     soundfile.write(tmp_path / "call.wav", call, 8000, subtype="ALAW")
     prompt = recogniser.prompt()
-    dialogue = transcribe.transcribe(tmp_path / "call.wav", recogniser, vad, prompt, read_conf("conf/decode.yaml"))
+    dialogue = transcribe.transcribe(tmp_path / "call.wav", recogniser, vad, prompt, CONF)
     samples = resample(soundfile.read(tmp_path / "call.wav", dtype="float32")[0], 8000, 16000)
     for segment in dialogue["segments"]:
         piece = samples[round(16000 * segment["start"]) : round(16000 * segment["end"])]
-        assert [segment["text"]] == recogniser.transcribe([Utterance("alone", piece, prompt)])
+        assert [segment["text"]] == recogniser.transcribe([Utterance("alone", piece, prompt)], 20)
     assert len({segment["text"] for segment in dialogue["segments"]}) > 1  # or this test shows nothing
 
 
@@ -101,8 +102,7 @@ def test_two_channels_are_two_speakers_of_one_dialogue_in_the_order_of_time(vad,
     answer = int(8000 * 3.5) + len(spoken[0])  # half a second after the agent's first sentence
     client[answer : answer + len(spoken[1])] = spoken[1]
     soundfile.write(tmp_path / "call.flac", np.stack([agent, client], axis=1), 8000)
-    conf = read_conf("conf/decode.yaml")
-    dialogue = transcribe.transcribe(tmp_path / "call.flac", recogniser, vad, recogniser.prompt(), conf)
+    dialogue = transcribe.transcribe(tmp_path / "call.flac", recogniser, vad, recogniser.prompt(), CONF)
     assert [segment["channel"] for segment in dialogue["segments"]] == [0, 1, 0]
     starts = [segment["start"] for segment in dialogue["segments"]]
     assert starts == sorted(starts) and abs(starts[1] - answer / 8000) < 0.4

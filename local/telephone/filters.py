@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 from scipy.fft import irfft, rfft
-from scipy.signal import oaconvolve
+from scipy.signal import fftconvolve
 
 from audio import rms_level
 
@@ -96,7 +96,7 @@ def room(rng: np.random.Generator, samples: np.ndarray, fs: int, rt60_s: float, 
     tail[: int(0.003 * fs)] = 0.0  # a table or wall is half a metre away
     tail *= np.float32(db_to_gain(-direct_db) / math.sqrt(float(np.dot(tail, tail))))
     tail[0] = 1.0
-    return oaconvolve(samples, tail)[: samples.size]
+    return fftconvolve(samples, tail)[: samples.size]
 
 
 def limit(samples: np.ndarray, kind: str) -> np.ndarray:

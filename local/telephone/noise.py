@@ -67,8 +67,13 @@ def at_level(samples: np.ndarray, dbov: float) -> np.ndarray:
 
 
 def coloured(rng: np.random.Generator, kind: str, count: int, fs: int) -> np.ndarray:
-    """`white` Gaussian noise, or `pink`, falling 3 dB per octave in the telephone band."""
-    white = rng.standard_normal(count, dtype=np.float32)
+    """`white` noise of RMS 1, or `pink`, falling 3 dB per octave in the telephone band."""
+    # The sum of four bytes: hiss is Gaussian to the ear and to a codec, and this takes a fifth of the time.
+    parts = rng.integers(0, 2**64, -(-count // 2), dtype=np.uint64).view(np.int8).reshape(4, -1)[:, :count]
+    total = np.full(count, 2, np.int16)  # the mean of an int8 is -1/2
+    for part in parts:
+        total += part
+    white = total * np.float32(1 / math.sqrt(4 * (2**16 - 1) / 12))
     return white if kind == "white" else fir(white, *_pink(fs))
 
 
