@@ -85,6 +85,7 @@ class Recogniser:
         options = {
             **self.auto_model.kwargs, "llm_dtype": self.dtype, "llm_kwargs": {"do_sample": False, "num_beams": 1},
             "max_length": min(max_new_tokens, 16 + math.ceil(max_tokens_per_second * seconds)),
+            "audio_fs": self.frontend_fs,  # of the samples; FunASR would take them for 16 kHz
         }
         messages, keys = [self._messages(row) for row in rows], [row["key"] for row in rows]
         results, _ = self.auto_model.model.inference_llm(messages, key=keys, **options)
