@@ -75,7 +75,7 @@ def largest_batch(run: Run, start: int, most: int) -> int:
     """Frames and tokens that fill nine tenths of the GPU's memory, found with batches of the longest utterances."""
     if run.device == "cpu":
         return most
-    tokens, peak, total = start, run.probe(start), torch.cuda.mem_get_info()[1]
+    tokens, peak, total = start, run.probe(start), torch.cuda.mem_get_info()[1] - run.others()
     while peak is not None and 2 * tokens <= most:
         larger = run.probe(2 * tokens)
         if larger is None or larger > 0.9 * total:

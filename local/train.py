@@ -47,6 +47,12 @@ def build_config(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
     }
     config.setdefault("frontend_conf", {})["fs"] = args.frontend_fs
+    dataset = config.setdefault("dataset_conf", {})
+    # batch_size alone sizes a batch: upstream's limit of ten utterances makes batches of short turns tiny.
+    dataset.setdefault("batch_size_sample_max", 10**6)
+    # Features are made by the workers: as many as there are cores for each process, up to what a GPU can use.
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    dataset.setdefault("num_workers", max(1, min(16, cores)))
     import torch
 
     if not torch.cuda.is_available():

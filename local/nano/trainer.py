@@ -5,6 +5,7 @@ Set as `funasr.bin.train_ds.Trainer` by local/train.py. What differs from funasr
   * a checkpoint is written once, under a temporary name, then linked to its other names; upstream writes it up to
     three times in place, and a torn model.pt is a traceback at every later start;
   * a checkpoint inside an epoch counts its steps from the epoch's start, so a second resume repeats no data;
+  * dataset_conf.batch_size is made to fit the GPU's memory;
   * the average of the best checkpoints takes frozen tensors from the initial checkpoint: averaging rounds them.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from funasr.train_utils import trainer_ds as stock
 
+from nano.batch_size import fit, token_sampler
 from nano.weights import save_atomically
 
 
@@ -31,6 +33,7 @@ class Trainer(stock.Trainer):
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.trainable: set[str] = set()
+        self.batch_tokens: int | None = None
 
     @property
     def device(self) -> Any:
@@ -49,6 +52,14 @@ class Trainer(stock.Trainer):
         if self.use_ddp and not torch.cuda.is_available():
             return torch.nn.parallel.DistributedDataParallel(model)
         return super().warp_model(model, **kwargs)
+
+    def train_epoch(self, model=None, optim=None, dataloader_train=None, **kwargs: Any) -> None:
+        """Train one epoch in batches that fit the GPU."""
+        if self.batch_tokens is None:
+            self.batch_tokens = fit(self, model, optim, dataloader_train)
+        else:
+            token_sampler(dataloader_train).batch_size = self.batch_tokens
+        super().train_epoch(model=model, optim=optim, dataloader_train=dataloader_train, **kwargs)
 
     def save_checkpoint(
         self, epoch: int, step: int | None = None, model=None, optim=None, scheduler=None, scaler=None,
