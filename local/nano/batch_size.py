@@ -40,9 +40,10 @@ def token_sampler(loader: Any) -> Any:
 
 
 def fit(trainer: stock.Trainer, model: torch.nn.Module, optim: torch.optim.Optimizer, loader: Any) -> int | None:
-    """Measure on this GPU, agree with the other processes, set the sampler. None without a GPU or token batches."""
+    """Measure on this GPU, agree with the other processes, set the sampler. None where there is nothing to measure."""
     sampler = token_sampler(loader)
-    if not torch.cuda.is_available() or getattr(sampler, "batch_type", "example") == "example":
+    sharded = trainer.use_deepspeed or trainer.use_fsdp
+    if not torch.cuda.is_available() or sharded or getattr(sampler, "batch_type", "example") == "example":
         return None
     model.train()
     dataset, asked = loader.dataset, sampler.batch_size
@@ -54,12 +55,13 @@ def fit(trainer: stock.Trainer, model: torch.nn.Module, optim: torch.optim.Optim
     states = STATE * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     there = (value for state in optim.state.values() for value in state.values() if torch.is_tensor(value))
     states -= sum(value.nbytes for value in there)  # a resumed run has them already
-    tokens = tokens_that_fit(asked, measured, SHARE * torch.cuda.get_device_properties(0).total_memory - states)
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    tokens = tokens_that_fit(asked, measured, SHARE * memory - states)
     if stock.dist.is_initialized():
         least = torch.tensor(tokens, device=trainer.device)
         stock.dist.all_reduce(least, op=stock.dist.ReduceOp.MIN)
         tokens = int(least)
-    if tokens < max(dataset.get_source_len(rows[-1]), 1):
+    if tokens < min(asked, dataset.get_source_len(rows[-1])):
         raise RuntimeError("one row of the longest does not fit this GPU's memory; lower MAX_SPEECH_LENGTH of stage 0")
     if tokens < asked:
         logging.warning("dataset_conf.batch_size %d does not fit this GPU: %d frames and tokens a batch", asked, tokens)
