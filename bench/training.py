@@ -75,7 +75,7 @@ def largest_batch(run: Run, start: int, most: int) -> int:
     """Frames and tokens that fill nine tenths of the GPU's memory, found with batches of the longest utterances."""
     if run.device == "cpu":
         return most
-    tokens, peak, total = start, run.probe(start), torch.cuda.mem_get_info()[1]
+    tokens, peak, total = start, run.probe(start), torch.cuda.mem_get_info()[1] - run.others()
     while peak is not None and 2 * tokens <= most:
         larger = run.probe(2 * tokens)
         if larger is None or larger > 0.9 * total:
@@ -201,9 +201,9 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("exp_output/bench/work"), help="Model folder and audio.")
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3, 4], help="Stages to time; 4 is decoding.")
     parser.add_argument("--corpora", nargs="+", default=["long", "turns"], choices=["long", "turns"])
-    parser.add_argument("--rounds", type=int, default=3, help="Turns each variant gets. Default: %(default)s.")
-    parser.add_argument("--round_seconds", type=float, help="Audio of a turn. Default: 6000 on a GPU, 120 on a CPU.")
-    parser.add_argument("--most_tokens", type=int, help="No larger batch is tried. Default: 400000, on a CPU 24000.")
+    parser.add_argument("--rounds", type=int, default=2, help="Turns each variant gets. Default: %(default)s.")
+    parser.add_argument("--round_seconds", type=float, help="Audio of a turn. Default: 6000 on a GPU, 30 on a CPU.")
+    parser.add_argument("--most_tokens", type=int, help="No larger batch is tried. Default: 400000, on a CPU 12000.")
     parser.add_argument("--profile", action="store_true", help="Also write where our time goes to --work.")
     return parser.parse_args()
 
@@ -212,8 +212,8 @@ def main() -> None:
     args = get_args()
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     gpu = args.device == "cuda"
-    args.round_seconds = args.round_seconds or (6000 if gpu else 120)
-    args.most_tokens = args.most_tokens or (400000 if gpu else 24000)
+    args.round_seconds = args.round_seconds or (6000 if gpu else 30)
+    args.most_tokens = args.most_tokens or (400000 if gpu else 12000)
     if not gpu:
         torch.set_num_threads(1)
     folder = build_folder(args.work / "model", full=gpu)

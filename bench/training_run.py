@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import time
 from collections.abc import Iterator
@@ -162,6 +163,7 @@ class Run:
 
         Run.alive = [run for run in Run.alive if (run.stage, run.corpus) == (stage, corpus)]
         self.corpus = corpus
+        gc.collect()
         model, self.kwargs = AutoModel.build_model(**config)
         self.kwargs.pop("model", None)
         OurTrainer.initial, OurTrainer.lora = "", None

@@ -11,6 +11,7 @@ from funasr.models.fun_asr_nano import model as stock
 
 import nano.attention
 import nano.frontend
+from nano.batch_size import tokens_that_fit
 from nano.model import FunASRNano
 
 MODULES = ("audio_encoder", "audio_adaptor", "ctc_decoder")
@@ -158,3 +159,13 @@ def test_dither_is_as_loud_as_upstreams():
     ours = nano.frontend.WavFrontend(**conf)(silence, [160000])[0]
     assert ours.mean().item() == pytest.approx(theirs.mean().item(), abs=0.05)
     assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.05)
+
+
+@pytest.mark.parametrize(("memory", "tokens"), [(1e12, 60000), (50e9, 37888), (20e9, 9216)])
+def test_the_batch_fits_the_dearest_rows_whatever_was_asked(memory, tokens):
+    """Long rows cost 1 MB a unit of length here, short ones 1.2 MB; the weights 4 GB."""
+    long_rows = (10000, 1, 4_000_000_000 + 10**10, 3, 4_000_000_000 + 3 * 10**10)
+    short_rows = (100, 8, 4_000_000_000 + 8 * 120_000_000, 24, 4_000_000_000 + 24 * 120_000_000)
+    assert tokens_that_fit(60000, [long_rows, short_rows], memory) == tokens
+    assert tokens_that_fit(60000, [short_rows, long_rows], memory) == tokens
+    assert tokens == 60000 or tokens // 100 * 120_000_000 + 4e9 <= memory

@@ -6,6 +6,7 @@ Set as `funasr.bin.train_ds.Trainer` by local/train.py. What differs from funasr
     three times in place, and a torn model.pt is a traceback at every later start;
   * a checkpoint inside an epoch counts its steps from the epoch's start, so a second resume repeats no data;
   * the dataset is told the epoch before its workers start: a channel drawn online depends on it;
+  * dataset_conf.batch_size is made to fit the GPU's memory;
   * early stopping counts on after a resume, from what the checkpoint says; upstream starts anew;
   * the average of the best checkpoints takes frozen tensors from the initial checkpoint: averaging rounds them;
   * it counts how often each row was used in an epoch, and run.json says so ("rows_used").
@@ -24,6 +25,7 @@ import torch
 from funasr.train_utils import trainer_ds as stock
 
 from common import write_json
+from nano.batch_size import fit, token_sampler
 from nano.weights import digest, save_atomically
 
 
@@ -36,6 +38,7 @@ class Trainer(stock.Trainer):
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.trainable: set[str] = set()
+        self.batch_tokens: int | None = None
         self.patience = kwargs.get("early_stopping_patience", 0)
         self.best_val_loss, self.epochs_no_improve, self.idle = float("inf"), 0, False
         # Gradients of an accumulation that is not over are in no checkpoint.
@@ -80,8 +83,9 @@ class Trainer(stock.Trainer):
             if self.rank > 0:  # the saved ones are of all processes
                 self.row_uses.zero_()
 
-    def train_epoch(self, model=None, dataloader_train=None, epoch=None, **kwargs: Any) -> None:
-        """Train one epoch, or nothing where early stopping has ended the training: main() cannot be told.
+    def train_epoch(self, model=None, optim=None, dataloader_train=None, epoch=None, **kwargs: Any) -> None:
+        """Train one epoch in batches that fit the GPU, or nothing where early stopping has ended the training (main()
+        cannot be told).
 
         Enters in run.json how often the epoch's rows were used.
         """
@@ -89,9 +93,13 @@ class Trainer(stock.Trainer):
         if self.idle:
             return
         dataloader_train.dataset.epoch = epoch
+        if self.batch_tokens is None:
+            self.batch_tokens = fit(self, model, optim, dataloader_train)
+        else:
+            token_sampler(dataloader_train).batch_size = self.batch_tokens
         if not kwargs.get("start_step"):
             self.row_uses = torch.zeros(len(dataloader_train.dataset), dtype=torch.int32)
-        super().train_epoch(model=model, dataloader_train=dataloader_train, epoch=epoch, **kwargs)
+        super().train_epoch(model=model, optim=optim, dataloader_train=dataloader_train, epoch=epoch, **kwargs)
         uses = self._uses_of_all_processes()
         self.rows_used[str(epoch + 1)] = {
             "rows": len(uses), "missed": int((uses == 0).sum()), "repeated": int((uses - 1).clamp(min=0).sum()),
