@@ -8,11 +8,12 @@ import yaml
 import audio
 import nano.dataset
 from common import write_json, write_jsonl
+from mini import ALPHABET, SMALL
 from nano.miniature import build_folder
 from telephone import noise, online
 from telephone.channel import load_config
 from test_telephone import CONF, speech
-from test_training import ALPHABET, SMALL, build, helper
+from test_training import build, helper
 
 
 @pytest.fixture(scope="module")
