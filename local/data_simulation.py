@@ -32,9 +32,8 @@ from typing import Any
 import numpy as np
 
 import audio
-from common import UserError, atomic_write, file_hash, progress, run, write_json, write_jsonl
-from corpus import Entry, check_row, count_rows, read_rows
-from ledger import batches, open_ledger, parallel
+from common import UserError, atomic_write, batches, file_hash, parallel, progress, run, write_json, write_jsonl
+from corpus import Entry, check_row, count_rows, open_ledger, read_rows
 from telephone import filters, noise, online
 from telephone.channel import draw, load_config
 from telephone.resample import resample

@@ -1,17 +1,21 @@
-"""FunASR's training dataset, strict: every row of the list is used as it is, or training stops and says which.
+"""FunASR's training dataset, strict: every row of the list is used once an epoch, or training stops and says which.
 
-Registered under FunASR's own name. What differs from funasr/datasets/fun_asr_datasets/datasets.py (1.4.16):
+Registered under FunASR's own names. What differs from funasr/datasets (1.4.16):
   * audio that cannot be read stops training; upstream trains on a random other utterance instead;
   * audio at another rate than the frontend's stops training; upstream resamples, differently on different machines;
   * a batch is never cut: upstream drops the last samples of one above batch_size_token_max;
   * `cache_gib` keeps features in memory, where one process re-reads a small corpus every epoch;
+  * the sampler repeats no row on one process (upstream fills up the last batch of examples), emits no empty batch
+    (upstream does where a whole sort buffer is above batch_size) and skips what a resumed epoch has done, with
+    batches of examples too;
+  * a batch says by its rows' numbers in the list what it holds (item["row"]), for the Trainer's account;
   * a training row whose `channel` is {"online": SETTINGS} goes through `FunASR.channel`, anew in every epoch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import funasr  # noqa: F401  fills the registry
@@ -21,6 +25,7 @@ from funasr.register import tables
 
 # Upstream's module has two classes of this name, the second hides the first; the registry has both.
 Stock = tables.dataset_classes["FunASR"]
+stock_sampler = tables.batch_sampler_classes["BatchSampler"]
 
 
 @tables.register("dataset_classes", "FunASR")
@@ -35,9 +40,9 @@ class FunASR(Stock):
     epoch: int | None = None
 
     def __init__(self, path: str, cache_gib: float = 0.0, **kwargs: Any):
-        super().__init__(path, **kwargs)
-        if self.prompt_classes is not None:
+        if kwargs.get("prompt_classes"):
             raise ValueError("dataset_conf.prompt_classes adds a context to every prompt that decoding does not have")
+        super().__init__(path, **kwargs)
         # One try: the second would be a random other row.
         self.retry = 1
         self.batch_size_token_max = float("inf")
@@ -71,6 +76,7 @@ class FunASR(Stock):
         sample = super().__getitem__(index)
         if sample is None or "speech" not in sample:
             raise RuntimeError(f"{row.get('key')}: no features from {path} (see the lines above)")
+        row["row"] = index
         if settings is not None:
             return sample
         size = sum(feature.nbytes for feature in sample["speech"])
@@ -91,6 +97,40 @@ class FunASR(Stock):
         if heard.shape != samples.shape:
             raise RuntimeError(f"{row['key']}: the channel made {heard.shape} samples of {samples.shape}")
         return heard
+
+
+class Once:
+    """Upstream's batches of row numbers, less empty batches, on one process less repeated rows; `skip` are done."""
+
+    def __init__(self, stock: Any, skip: int):
+        self.stock, self.skip = stock, skip
+
+    def __iter__(self) -> Iterator[list[int]]:
+        seen: set[int] = set()
+        batches = []
+        for batch in self.stock:
+            if self.stock.num_replicas == 1:
+                batch = [row for row in batch if row not in seen]
+                seen.update(batch)
+            batches.append(batch)
+        full = [batch for batch in batches if batch]
+        if self.stock.num_replicas > 1:  # each process takes the same number of steps
+            full = [batch or full[0] for batch in batches]
+        return iter(full[self.skip :])
+
+    def __len__(self) -> int:
+        return len(self.stock)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.stock.set_epoch(epoch)
+
+
+@tables.register("batch_sampler_classes", "BatchSampler")
+def batch_sampler(dataset: Stock, start_step: int = 0, **conf: Any) -> dict[str, Any]:
+    """Arguments of a DataLoader over `dataset`, as upstream's function of this name gives them."""
+    arguments = stock_sampler(dataset, **conf)
+    arguments["batch_sampler"] = Once(arguments["batch_sampler"], start_step)
+    return arguments
 
 
 def online_rows(path: str) -> dict[str, str]:

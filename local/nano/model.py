@@ -5,7 +5,8 @@ What differs from funasr/models/fun_asr_nano/model.py (1.4.16):
   * `forward` adds ctc_weight x CTC loss (encoder -> ctc_decoder -> ctc); upstream has none, so CTC weights never moved;
   * frozen modules stay in eval mode when the trainer calls train(): upstream turned their dropout on;
   * LoRA parameters are fp32 beside a bf16 LLM: in bf16 steps of 1e-5 are rounded away;
-  * logits are computed where a label is, not at all positions x 151,936 symbols. Same loss, less memory.
+  * logits are computed where a label is, not at all positions x 151,936 symbols. Same loss, less memory;
+  * `fused_attention` computes attention without its matrix of scores. Same loss, a fraction of the memory.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from funasr.models.fun_asr_nano.checkpoint_utils import disable_incomplete_ctc
 from funasr.register import tables
 from funasr.train_utils.device_funcs import force_gatherable
 
+from nano.attention import fuse
+
 IGNORE = -100
 
 
@@ -26,8 +29,13 @@ IGNORE = -100
 class FunASRNano(stock.FunASRNano):
     """Training-time FunASRNano; inference is inherited unchanged."""
 
-    def __init__(self, specaug: str | None = None, specaug_conf: dict | None = None, **kwargs: Any):
+    def __init__(
+        self, specaug: str | None = None, specaug_conf: dict | None = None, fused_attention: bool = False, **kwargs: Any
+    ):
         super().__init__(**kwargs)
+        if fused_attention:
+            for module in (self.audio_encoder, self.audio_adaptor, self.ctc_decoder):
+                fuse(module)
         self.specaug = tables.specaug_classes.get(specaug)(**(specaug_conf or {})) if specaug else None
         # Upstream freezes ctc_decoder by its conf but has no switch for the output layer behind it.
         if self.ctc_decoder is not None and kwargs.get("ctc_decoder_conf", {}).get("freeze", False):

@@ -16,6 +16,8 @@ import numpy as np
 from scipy.fft import irfft, rfft
 from scipy.signal import fftconvolve
 
+from audio import rms_level
+
 # dB relative to 1 kHz at FREQUENCIES, read off the published curves and rounded. `flat` is a path without a shape.
 FREQUENCIES = (0, 50, 100, 160, 200, 250, 315, 400, 630, 1000, 1600, 2000, 2500, 3150, 3400, 3600, 3800, 4000)
 SHAPES = {
@@ -24,21 +26,12 @@ SHAPES = {
     "g712": (-30, -25, -30, -11, -5, -1.5, 0, 0.5, 0, 0, 0, 0, 0, 0, -1, -6, -31, -45),
     "mobile": (-30, -25, -13, -5.5, -2.5, -1, 0, 0, 0, 0, 0, 0, 0, 0, -1, -4, -12, -26),
 }
-
-
 BLOCK = 2048  # samples filtered at a time: small enough for the cache, large against the taps
 
 
 def db_to_gain(db: float) -> float:
     """Decibels to an amplitude factor."""
     return 10.0 ** (db / 20.0)
-
-
-def rms_level(samples: np.ndarray) -> float:
-    """RMS level in dBov; -inf for digital silence."""
-    # Not np.dot: its last bits depend on how many threads it has, and so would the audio on the number of workers.
-    power = float(np.square(samples).sum()) / max(samples.size, 1)
-    return 10.0 * math.log10(power) if power > 0 else -math.inf
 
 
 def send(

@@ -21,8 +21,9 @@ from scipy.ndimage import maximum_filter1d
 from scipy.signal import lfilter
 
 import audio
+from audio import rms_level
 from common import UserError
-from telephone.filters import db_to_gain, fir, grid, linear_phase, rms_level
+from telephone.filters import db_to_gain, fir, grid, linear_phase
 from telephone.resample import resample
 
 DBM0 = 6.15  # dBm0 of a signal at 0 dBov, A-law

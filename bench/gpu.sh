@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Training and decoding speed on this machine's GPU, in under 8 minutes. Installs and downloads nothing.
+#
+#   bash bench/gpu.sh [OUTPUT_DIR]        default exp_output/bench; writes training.json, table.md and gpu.log there
+#
+# Builds the model at the size of Fun-ASR-Nano-2512 with random weights; for stages 1-3 compares the losses of
+# FunASR's class and ours on one batch in bf16, finds the largest batches, times both; then times decoding.
+# Each row is written as soon as it is measured: cut short, the rows so far remain.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+OUTPUT=${1:-exp_output/bench}
+PYTHON=${PYTHON:-}
+if [[ -z $PYTHON ]]; then
+  PYTHON=python3
+  if [[ -x .venv/bin/python ]]; then PYTHON=.venv/bin/python; fi
+fi
+mkdir -p "$OUTPUT"
+
+"$PYTHON" - <<'CHECK' || exit 2
+import importlib.util as find
+import sys
+
+missing = [name for name in ("torch", "funasr", "transformers", "soundfile", "omegaconf") if not find.find_spec(name)]
+if not find.find_spec("torchaudio") and not find.find_spec("kaldi_native_fbank"):
+    missing.append("torchaudio or kaldi-native-fbank")
+if missing:
+    sys.exit(f"error: {', '.join(missing)} is not installed; run make setup with TORCH= for this machine's CUDA")
+import torch
+
+if not torch.cuda.is_available():
+    sys.exit("error: torch sees no GPU; run python bench/training.py for the CPU's figures")
+free, total = (value / 2**30 for value in torch.cuda.mem_get_info())
+if free < 40:
+    sys.exit(f"error: {free:.0f} of {total:.0f} GiB of GPU memory are free, 40 are needed; end other programs")
+print(f"{torch.cuda.get_device_name()}, {total:.0f} GiB, torch {torch.__version__}")
+CHECK
+
+# Attention of long utterances at several batch sizes: without this, memory is left in pieces that fit nothing.
+export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
+printf '<!-- table -->\n<!-- end -->\n' > "$OUTPUT/table.md"
+code=0
+timeout 460 "$PYTHON" bench/training.py --corpora long --rounds 2 --round_seconds 3000 --profile \
+  --work "$OUTPUT/work" --output "$OUTPUT/training.json" --table "$OUTPUT/table.md" 2>&1 |
+  tee "$OUTPUT/gpu.log" | grep -E --line-buffered 'round|error|Error|\| ' || code=$?
+if ((code == 124)); then echo "stopped after 460 s; the rows measured so far are in $OUTPUT/training.json"; fi
+exit "$code"

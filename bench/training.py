@@ -1,0 +1,247 @@
+"""Training and decoding speed: FunASR's class, dataset and trainer beside this recipe's, turn by turn in one run.
+
+    python bench/training.py --output exp_output/bench/training.json --table docs/performance.md
+
+With a GPU the model has the size of Fun-ASR-Nano-2512, without one it is the miniature; weights are random, nothing is
+downloaded. Corpora are noise: `long` as the plan's (mean 55 s, up to 120 s), `turns` of 1-15 s; a fifth of that on a
+CPU. There, a second is one of CPU time on one thread, so that other work on the machine does not show.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "local"))
+
+from training_run import ALPHABET, STAGES, Run, build_folder, clock, needed_flops  # noqa: E402
+
+import audio  # noqa: E402
+from common import UserError, run, write_json, write_jsonl  # noqa: E402
+
+
+def write_corpus(folder: Path, name: str, scale: float, seconds: float) -> Path:
+    """Noise with random text, 3 characters a second, `seconds` in all; 48 files, each in several rows."""
+    rng = np.random.default_rng(0)
+    draws = {"long": 120 * rng.beta(2.2, 2.6, 48).clip(0.02, 1), "turns": np.exp(rng.uniform(0, math.log(15), 48))}
+    lengths = draws[name]
+    files = []
+    for number, length in enumerate(scale * lengths):
+        path = folder / name / f"{number}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        audio.write(path, (0.1 * rng.standard_normal(int(16000 * length))).astype(np.float32), 16000)
+        files.append((path, length))
+    rows: list[dict[str, Any]] = []
+    for number in range(math.ceil(seconds / (scale * lengths).sum()) * 48):
+        path, length = files[number % 48]
+        text = "".join(rng.choice(list(ALPHABET), max(1, int(3 * length))))
+        user = f"语音转写：<|startofspeech|>!{path}<|endofspeech|>"
+        messages = [("system", "You are a helpful assistant."), ("user", user), ("assistant", text)]
+        rows.append({
+            "key": f"{name}{number}", "messages": [{"role": role, "content": content} for role, content in messages],
+            "speech_length": int(100 * length), "text_length": len(text),
+        })  # fmt: skip
+    write_jsonl(folder / f"{name}.jsonl", rows)
+    return folder / f"{name}.jsonl"
+
+
+def measure(run: Run, tokens: int, seconds: float) -> dict[str, float]:
+    """One round: at least 6 steps over batches of all lengths, after two that do not count."""
+    meter = run.epoch(tokens, seconds)
+    return {
+        "rate": meter.seconds / meter.elapsed, "loader_share": meter.waited / meter.elapsed,
+        "padding_share": 1 - meter.frames / meter.padded, "batch_seconds": meter.seconds / meter.steps,
+        "flops": meter.flops / meter.elapsed, "peak_gib": meter.peak_gib,
+    }  # fmt: skip
+
+
+def largest_batch(run: Run, start: int, most: int) -> int:
+    """Frames and tokens that fill nine tenths of the GPU's memory, found with batches of the longest utterances."""
+    if run.device == "cpu":
+        return most
+    tokens, peak, total = start, run.probe(start), torch.cuda.mem_get_info()[1]
+    while peak is not None and 2 * tokens <= most:
+        larger = run.probe(2 * tokens)
+        if larger is None or larger > 0.9 * total:
+            slope = ((larger or total) - peak) / tokens
+            return int(tokens + max(0.0, 0.9 * total - peak) / slope * 0.9)
+        tokens, peak = 2 * tokens, larger
+    return tokens
+
+
+def same_loss(runs: dict[str, Run], device: str) -> dict[str, float]:
+    """Both models' losses on one batch with the same weights; UserError when they differ by more than rounding."""
+    runs["ours"].model.load_state_dict(runs["stock"].model.state_dict(), strict=False)
+    batch = runs["stock"].sample()
+    losses = {kind: run.loss(batch) for kind, run in runs.items()}
+    limit = 5e-3 if device == "cuda" else 1e-4
+    if not abs(losses["ours"] - losses["stock"]) <= limit * losses["stock"]:
+        raise UserError(f"{runs['ours'].stage}: losses {losses} of the same batch differ by more than {limit:.2%}")
+    return losses
+
+
+def bench_stage(stage: str, corpus: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """The row of one stage on one corpus: stock at its default batch and at its largest, and ours."""
+    runs = {kind: Run(kind, stage, folder, corpus, args.work, args.device) for kind in ("stock", "ours")}
+    losses = same_loss(runs, args.device)
+    asked = runs["ours"].kwargs["dataset_conf"]["batch_size"]
+    most = {
+        "stock": largest_batch(runs["stock"], 6000, args.most_tokens),
+        "ours": largest_batch(runs["ours"], min(6000, asked), min(args.most_tokens, asked)),
+    }
+    variants = {"stock": ("stock", 6000), "stock_largest": ("stock", most["stock"]), "ours": ("ours", most["ours"])}
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    for number in range(args.rounds):
+        for name, (kind, tokens) in variants.items():
+            rounds[name].append(measure(runs[kind], tokens, args.round_seconds))
+            logging.info("%s %s %s, round %d: %s", corpus.stem, stage, name, number, {
+                key: round(value, 3) for key, value in rounds[name][-1].items() if value is not None
+            })  # fmt: skip
+    row: dict[str, Any] = {"stage": stage, "corpus": corpus.stem, "losses": losses, "details": {}}
+    for name, results in rounds.items():
+        middle = {key: statistics.median(r[key] for r in results) for key in results[0] if results[0][key] is not None}
+        row[name] = round(middle["rate"], 1)
+        row["details"][name] = {
+            "tokens": variants[name][1], **{key: round(value, 4) for key, value in middle.items() if key != "flops"},
+            "mfu": round(middle["flops"] / args.peak_flops, 4), "rates": [round(r["rate"], 1) for r in results],
+        }  # fmt: skip
+    ours = row["details"]["ours"]
+    if args.profile:
+        runs["ours"].profile(most["ours"], args.work / f"profile.{corpus.stem}.{stage}.txt")
+    return row | {"peak_gib": ours.get("peak_gib"), "mfu": ours["mfu"]} | ratios(row)
+
+
+def ratios(row: dict[str, Any]) -> dict[str, float]:
+    """Medians over rounds are compared; the spread of the rounds is in `details`."""
+    return {name: round(row["ours"] / row[f"stock{name[5:]}"], 2) for name in ("ratio", "ratio_largest")}
+
+
+def bench_decoding(corpus: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Greedy decoding, 3 tokens a second: one utterance at a time as FunASR does with a CTC branch, beside batches."""
+    import yaml
+
+    import decode
+
+    conf = yaml.safe_load((ROOT / "conf" / "decode.yaml").read_text("utf-8"))
+    rows = [json.loads(line) for line in corpus.read_text("utf-8").splitlines()]
+    ours = decode.Recogniser(folder, args.device)
+    # Noise of random weights does not end by itself: every hypothesis runs to its limit.
+    ours.auto_model.model.llm.generation_config.eos_token_id = None
+    rates: dict[str, list[float]] = {"stock": [], "stock_largest": [], "ours": []}
+    single = rows[:: len(rows) // 4][:4]
+    many = list(decode.batches(rows[: 4 * conf["batch_size"]], conf["batch_size"], conf["batch_seconds"]))
+    for _ in range(args.rounds):
+        for name, batches in (("stock", [[row] for row in single]), ("ours", [many[0], many[len(many) // 2]])):
+            began = clock(args.device)
+            for batch in batches:
+                ours.transcribe(batch, 512, 3.0)
+            seconds = sum(row["speech_length"] for batch in batches for row in batch) / 100
+            rates[name].append(seconds / (clock(args.device) - began))
+    middle = {name: round(statistics.median(values), 1) if values else None for name, values in rates.items()}
+    nothing = dict.fromkeys(("ratio_largest", "peak_gib", "mfu"))
+    return {"stage": "decoding", "corpus": corpus.stem, **middle, "ratio": round(middle["ours"] / middle["stock"], 2),
+            **nothing, "details": {"batch_size": conf["batch_size"], "rates": rates}}  # fmt: skip
+
+
+def matmul_flops(device: str) -> float:
+    """Operations a second of a large matrix product, bf16 on a GPU, fp32 on a CPU: what the MFU is a share of."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = 0.0
+    for _ in range(5):
+        began = clock(device)
+        for _ in range(4):
+            a @ a
+        best = max(best, 8 * size**3 / (clock(device) - began))
+    return best
+
+
+def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
+    """docs/performance.md's table in Markdown."""
+    head = ("corpus", "stage", "stock", "stock, largest batch", "ours", "ratio", "to largest", "batch s",
+            "loader share", "padding share", "MFU", "peak GiB")  # fmt: skip
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for row in rows:
+        part = [row["details"].get(name, {}) for name in ("stock", "stock_largest", "ours")]
+
+        def three(key: str, form: str, part=part) -> str:
+            return " / ".join(format(p[key], form) for p in part) if all(key in p for p in part) else ""
+
+        cells = [row["corpus"], row["stage"], row["stock"], row["stock_largest"], row["ours"], row["ratio"],
+                 row["ratio_largest"], three("batch_seconds", ".0f"), three("loader_share", ".0%"),
+                 three("padding_share", ".0%"), three("mfu", ".1%"), three("peak_gib", ".1f")]  # fmt: skip
+        lines.append(" | ".join("" if cell is None else str(cell) for cell in cells))
+    unit = "second" if facts["model"] == "full" else "second of CPU time, one thread"
+    return (f"{facts['machine']}, {facts['model']} model, commit {facts['commit']}, "
+            f"{', '.join(f'{name} {number}' for name, number in facts['versions'].items())}; "
+            f"audio-seconds per {unit}, medians of {facts['rounds']} rounds\n\n"
+            + "\n".join(f"| {line} |" for line in lines) + "\n")  # fmt: skip
+
+
+def get_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("exp_output/bench/training.json"), help="Results, JSON.")
+    parser.add_argument("--table", type=Path, help="Markdown file whose table is exchanged.")
+    parser.add_argument("--work", type=Path, default=Path("exp_output/bench/work"), help="Model folder and audio.")
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3, 4], help="Stages to time; 4 is decoding.")
+    parser.add_argument("--corpora", nargs="+", default=["long", "turns"], choices=["long", "turns"])
+    parser.add_argument("--rounds", type=int, default=3, help="Turns each variant gets. Default: %(default)s.")
+    parser.add_argument("--round_seconds", type=float, help="Audio of a turn. Default: 6000 on a GPU, 120 on a CPU.")
+    parser.add_argument("--most_tokens", type=int, help="No larger batch is tried. Default: 400000, on a CPU 24000.")
+    parser.add_argument("--profile", action="store_true", help="Also write where our time goes to --work.")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = get_args()
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    gpu = args.device == "cuda"
+    args.round_seconds = args.round_seconds or (6000 if gpu else 120)
+    args.most_tokens = args.most_tokens or (400000 if gpu else 24000)
+    if not gpu:
+        torch.set_num_threads(1)
+    folder = build_folder(args.work / "model", full=gpu)
+    args.peak_flops = matmul_flops(args.device)
+    command = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False)
+    facts = {
+        "machine": torch.cuda.get_device_name() if gpu else f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "model": "full" if gpu else "mini", "commit": commit.stdout.strip() or None, "rounds": args.rounds,
+        "versions": {name: version(name) for name in ("funasr", "torch", "transformers")},
+        "matmul_tflops": round(args.peak_flops / 1e12, 3), "counted": needed_flops.__doc__,
+    }  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for name in args.corpora:
+        corpus = write_corpus(args.work, name, 1.0 if gpu else 0.2, (30 if gpu else 9) * args.most_tokens / 100)
+        for number in args.stages:
+            began = time.monotonic()
+            bench = [*(functools.partial(bench_stage, stage) for stage in STAGES), bench_decoding][number - 1]
+            row = bench(corpus, folder, args)
+            rows.append({**facts, **row, "took_seconds": round(time.monotonic() - began, 1)})
+            write_json(args.output, rows)  # what is measured is kept if the next one fails
+    text = table(rows, facts)
+    print(text)
+    if args.table:
+        before, mark, after = args.table.read_text("utf-8").partition("<!-- table -->\n")
+        rest = after.partition("<!-- end -->\n")
+        args.table.write_text(f"{before}{mark}{text}<!-- end -->\n{rest[2]}", "utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

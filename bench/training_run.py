@@ -1,0 +1,280 @@
+"""One variant of training for bench/training.py: model, data and trainer, stock or ours, and a meter on its batches.
+
+    run = Run("ours", "stage1_encoder_adapt", folder, corpus, work, device="cuda")
+    meter = run.epoch(tokens=60000, seconds=6000)      # meter.seconds of audio took meter.elapsed seconds
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from funasr.register import tables
+from funasr.train_utils.device_funcs import to_device
+from funasr.train_utils.trainer_ds import Trainer as StockTrainer
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("stage1_encoder_adapt", "stage2_adapter_align", "stage3_lora_domain")
+ALPHABET = "您好请问订单号是多少一二三四五六七八九零"
+NAMES = (("model_classes", "FunASRNano"), ("dataset_classes", "FunASR"), ("frontend_classes", "WavFrontend"),
+         ("batch_sampler_classes", "BatchSampler"))  # fmt: skip
+WARM_UP = 2
+# What the released config.yaml and Qwen3-0.6B's config.json say where the miniature's say something smaller.
+GEOMETRY = {
+    "size": {"encoder_dim": 512, "encoder_blocks": 50, "encoder_ffn": 2048, "adaptor_ffn": 2048, "ctc_ffn": 2048,
+             "llm_dim": 1024},
+    "audio_encoder_conf": {"tp_blocks": 20}, "audio_adaptor_conf": {"downsample_rate": 1, "n_layer": 2},
+    "ctc_decoder_conf": {"n_layer": 5}, "ctc_vocab_size": 60515,
+}  # fmt: skip
+QWEN3 = {
+    "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
+    "max_position_embeddings": 40960, "rope_theta": 1000000,
+}  # fmt: skip
+
+
+def classes(names=NAMES) -> dict[tuple[str, str], Any]:
+    return {(table, name): getattr(tables, table)[name] for table, name in names}
+
+
+import funasr  # noqa: E402, F401  fills the registry
+
+STOCK = classes()
+import nano.dataset  # noqa: E402
+import nano.frontend  # noqa: E402
+import nano.model  # noqa: E402, F401
+from nano import miniature  # noqa: E402
+from nano.trainer import Trainer as OurTrainer  # noqa: E402
+
+OURS = classes()
+
+
+def build_folder(path: Path, full: bool) -> Path:
+    """The miniature's folder, or one of the released model's geometry without weights: random ones are drawn."""
+    miniature.build_folder(path, ALPHABET)
+    if full:
+        from transformers import Qwen3Config
+
+        (path / "model.pt").unlink()
+        config = OmegaConf.merge(OmegaConf.load(miniature.CONFIG), GEOMETRY)
+        Qwen3Config(**QWEN3).save_pretrained(path / miniature.LLM_FOLDER)
+        OmegaConf.resolve(config)
+        del config["size"]
+        OmegaConf.save(config, path / "config.yaml")
+    return path
+
+
+def clock(device: str) -> float:
+    """Seconds: of the wall once the GPU has finished, or of this process's CPU time."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def needed_flops(model: torch.nn.Module, stage: str, frames: int, tokens: int, labels: int, downsample: int) -> float:
+    """Operations a step needs: 2 per weight and position, again for a gradient of its input, again for one of it.
+
+    Encoder, adaptor, LLM and output layer; not CTC, not the products of attention, nothing for padding.
+    """
+
+    def weights(module: torch.nn.Module) -> int:
+        return sum(p.numel() for name, p in module.named_parameters() if p.dim() > 1 and "lora_" not in name)
+
+    encoder, adaptor, llm = {"1": (3, 2, 2), "2": (1, 3, 2), "3": (1, 1, 2)}[stage[5]]
+    return 2.0 * (
+        encoder * weights(model.audio_encoder) * frames + adaptor * weights(model.audio_adaptor) * frames / downsample
+        + llm * weights(model.llm.model.layers) * tokens + llm * model.llm.lm_head.weight.numel() * labels
+    )
+
+
+class Meter:
+    """The data loader a trainer loops over: notes what the batches hold, how long they were waited for and took."""
+
+    def __init__(self, loader: torch.utils.data.DataLoader, run: Run):
+        self.loader, self.run, self.dataset, self.batch_sampler = loader, run, loader.dataset, loader.batch_sampler
+        self.steps = self.seconds = self.frames = self.padded = self.waited = self.flops = 0
+        self.elapsed, self.peak_gib = 0.0, None
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        device, batches = self.run.device, iter(self.loader)
+        for number in range(len(self.loader)):
+            if number == WARM_UP:
+                if device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                start = clock(device)
+            began = time.process_time() if device == "cpu" else time.perf_counter()
+            batch = next(batches)
+            if number >= WARM_UP:
+                self.waited += (time.process_time() if device == "cpu" else time.perf_counter()) - began
+                self.count(batch)
+            yield batch
+        self.elapsed = clock(device) - start
+        if device == "cuda":
+            self.peak_gib = (torch.cuda.max_memory_allocated() - self.run.others()) / 2**30
+
+    def count(self, batch: dict[str, Any]) -> None:
+        self.steps += 1
+        frames = int(batch["speech_lengths"].sum())
+        self.frames += frames
+        self.padded += batch["speech"].shape[0] * batch["speech"].shape[1]
+        self.seconds += 0.06 * frames
+        tokens, labels = int((batch["attention_mask"] > 0).sum()), int((batch["labels_ids"] >= 0).sum())
+        self.flops += self.run.flops(frames, tokens, labels)
+
+
+class Chosen:
+    """A batch sampler of given batches."""
+
+    def __init__(self, batches: list[list[int]]):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The batches are the same in every epoch."""
+
+
+class Run:
+    """Model, optimiser, dataset and trainer of one variant of one stage, kept for all its rounds."""
+
+    alive: list[Run] = []
+
+    def __init__(self, kind: str, stage: str, folder: Path, corpus: Path, work: Path, device: str):
+        self.kind, self.stage, self.device = kind, stage, device
+        for (table, name), cls in (STOCK if kind == "stock" else OURS).items():
+            getattr(tables, table)[name] = cls
+        config = self.config(folder, corpus)
+        from funasr import AutoModel
+
+        Run.alive = [run for run in Run.alive if (run.stage, run.corpus) == (stage, corpus)]
+        self.corpus = corpus
+        model, self.kwargs = AutoModel.build_model(**config)
+        self.kwargs.pop("model", None)
+        OurTrainer.initial, OurTrainer.lora = "", None
+        base = StockTrainer if kind == "stock" else OurTrainer
+        # Upstream's main() has a GPU's number for a device, and its Trainer no other way to run on a CPU.
+        place = {"device": property(lambda _: 0 if device == "cuda" else "cpu", lambda _, value: None)}
+        settings = {name: value for name, value in self.kwargs["train_conf"].items() if "deepspeed" not in name}
+        settings |= dict.fromkeys(("log_interval", "validate_interval", "save_checkpoint_interval"), 10**9)
+        output = work / f"{kind}.{stage}"
+        self.trainer = type("Placed", (base,), place)(output_dir=str(output), **settings)
+        self.model = self.trainer.warp_model(model, **self.kwargs | {"device": device})
+        _, self.optim, self.scheduler = self.trainer.warp_optim_scheduler(self.model, **self.kwargs)
+        self.dataset = tables.dataset_classes["FunASR"](
+            str(corpus), frontend=self.kwargs["frontend"], tokenizer=self.kwargs["tokenizer"], is_training=True,
+            **self.kwargs["dataset_conf"],
+        )
+        self.sampler = tables.batch_sampler_classes["BatchSampler"]
+        Run.alive.append(self)
+
+    def config(self, folder: Path, corpus: Path) -> dict[str, Any]:
+        """The stage's YAML over the folder's config; stock with the released sampler limits and no classes of ours."""
+        from funasr.download.download_model_from_hub import download_model
+
+        config = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / f"{self.stage}.yaml"))
+        # The released config leaves dither at its default, and it costs as much as the rest of the features.
+        config["frontend_conf"] = {"dither": 1.0}
+        config |= {"model": str(folder), "hub": "ms", "disable_update": True, "device": self.device, "ncpu": 1,
+                   "seed": 0, "train_data_set_list": str(corpus), "valid_data_set_list": str(corpus)}  # fmt: skip
+        config["train_conf"] |= {"use_bf16": self.device == "cuda"}
+        config["llm_conf"] |= {"llm_dtype": "bf16" if self.device == "cuda" else "fp32"}
+        if self.device == "cpu":
+            config["dataset_conf"]["num_workers"] = 0
+        if self.kind == "stock":
+            for key in ("fused_attention", "specaug", "specaug_conf"):
+                config.pop(key, None)
+            config["dataset_conf"].pop("num_workers" if self.device == "cuda" else "", None)
+        config = download_model(is_training=True, **config)
+        config["dataset_conf"] |= {"data_split_num": 1, "prompt_classes": None, "max_token_length": 14000}
+        return config
+
+    def epoch(self, tokens: int, seconds: float) -> Meter:
+        """Train on about `seconds` of audio in batches of `tokens`, chosen evenly from short to long."""
+        most = {"batch_size_sample_max": 10 if self.kind == "stock" and tokens == 6000 else 10**6}
+        self.dataset.batch_size_token_max = max(tokens, 6000) if self.kind == "stock" else float("inf")
+        arguments = self.sampler(self.dataset, **self.kwargs["dataset_conf"] | {"batch_size": tokens} | most)
+        batches = list(arguments.pop("batch_sampler"))
+        each = len(self.dataset) / len(batches) * self.mean_seconds()
+        count = min(len(batches), WARM_UP + max(6, math.ceil(seconds / each)))
+        return self.train([batches[index * len(batches) // count] for index in range(count)], arguments)
+
+    def mean_seconds(self) -> float:
+        lengths = [self.dataset.get_source_len(index) for index in range(0, len(self.dataset), 7)]
+        return sum(lengths) / len(lengths) / 100
+
+    def train(self, batches: list[list[int]], arguments: dict[str, Any]) -> Meter:
+        loader = torch.utils.data.DataLoader(
+            self.dataset, batch_sampler=Chosen(batches), collate_fn=self.dataset.collator, **arguments
+        )
+        meter = Meter(loader, self)
+        self.trainer.step_in_epoch = 0
+        self.trainer.train_epoch(
+            model=self.model, optim=self.optim, scheduler=self.scheduler, scaler=None, dataloader_train=meter,
+            dataloader_val=None, epoch=0,
+        )  # fmt: skip
+        return meter
+
+    def sample(self) -> dict[str, Any]:
+        """A batch of three rows."""
+        step = max(1, len(self.dataset) // 3)
+        return self.dataset.collator([self.dataset[row] for row in range(0, 3 * step, step)])
+
+    def loss(self, batch: dict[str, Any]) -> float:
+        """The LLM's loss on a batch, without dropout and CTC, in the precision of training."""
+        weight, self.model.ctc_weight = self.model.ctc_weight, 0
+        self.model.train(False)
+        result: dict[str, Any] = {}
+        with torch.no_grad():
+            batch = to_device(copy.deepcopy(batch), self.trainer.device)
+            StockTrainer.forward_step(self.trainer, self.model, batch, result)
+        self.model.ctc_weight = weight
+        return round(result["stats"]["loss"].item(), 6)
+
+    def probe(self, tokens: int) -> float | None:
+        """Peak bytes of steps on batches of the longest rows, or None where they do not fit."""
+        lengths = {index: self.dataset.get_source_len(index) for index in range(len(self.dataset))}
+        longest = sorted(lengths, key=lengths.get)[-max(1, tokens // max(lengths.values())) :]
+        self.dataset.batch_size_token_max = float("inf")
+        try:
+            return self.train([longest] * (WARM_UP + 1), {"num_workers": 8}).peak_gib * 2**30
+        except torch.cuda.OutOfMemoryError:
+            self.optim.zero_grad(set_to_none=True)
+            return None
+        finally:
+            torch.cuda.empty_cache()
+
+    def flops(self, frames: int, tokens: int, labels: int) -> float:
+        return needed_flops(self.model, self.stage, frames, tokens, labels, self.model.audio_adaptor.k)
+
+    def others(self) -> int:
+        """Bytes of the other variants' weights and optimiser states, which lie on the same GPU."""
+        return sum(
+            tensor.numel() * tensor.element_size() for run in Run.alive if run is not self
+            for tensor in [*run.model.parameters(), *(
+                value for state in run.optim.state.values() for value in state.values() if torch.is_tensor(value)
+            )]
+        )  # fmt: skip
+
+    def profile(self, tokens: int, path: Path) -> None:
+        """Write where the time of one round goes, operator by operator."""
+        from torch.profiler import ProfilerActivity, profile
+
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device == "cuda")
+        with profile(activities=activities) as result:
+            self.epoch(tokens, 1.0)
+        order = "self_device_time_total" if self.device == "cuda" else "self_cpu_time_total"
+        path.write_text(result.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60), "utf-8")

@@ -1,0 +1,160 @@
+"""What makes training fast changes no loss: each speed-up beside upstream's code, on the same weights and batch."""
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from funasr.frontends import wav_frontend
+from funasr.models.fun_asr_nano import model as stock
+
+import nano.attention
+import nano.frontend
+from nano.model import FunASRNano
+
+MODULES = ("audio_encoder", "audio_adaptor", "ctc_decoder")
+STAGE_TRAINS = {1: {"audio_encoder"}, 2: {"audio_adaptor", "ctc_decoder"}, 3: set()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    from nano.miniature import build_folder
+
+    size = {"encoder_dim": 32, "encoder_blocks": 2, "encoder_ffn": 48, "adaptor_ffn": 32, "ctc_ffn": 32, "llm_dim": 32,
+            "llm_heads": 2, "llm_kv_heads": 1, "llm_head_dim": 16, "llm_ffn": 48}  # fmt: skip
+    return build_folder(tmp_path_factory.mktemp("model"), "一二三四五六七八九零", size, seed=1)
+
+
+def build(folder: Path, stage: int, **config) -> FunASRNano:
+    """The stage's model in eval mode, so that dropout, which draws other numbers in other code, is out."""
+    from funasr import AutoModel
+    from funasr.register import tables
+
+    tables.model_classes["FunASRNano"] = FunASRNano
+    freeze = {f"{part}_conf": {"freeze": part not in STAGE_TRAINS[stage]} for part in MODULES}
+    freeze["llm_conf"] = {"freeze": True, "use_lora": stage == 3}
+    built = AutoModel(model=str(folder), disable_update=True, device="cpu", ncpu=1, **freeze, **config)
+    return built.model.eval()
+
+
+def batch(rows: int = 3) -> dict:
+    """Utterances of different lengths as the collator makes them: padded features, prompts and labels."""
+    rng = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([[40], [24], [16]])[:rows]  # of eight: the adaptor pads with what the batch has
+    speech = torch.zeros(rows, 40, 560)
+    tokens = torch.full((rows, 24), -1, dtype=torch.int64)
+    labels, mask = tokens.clone(), torch.full((rows, 24), -1)
+    for row, length in enumerate(lengths[:, 0]):
+        speech[row, :length] = torch.randn(length, 560, generator=rng)
+        text = 18 + 2 * row
+        tokens[row, :text] = torch.randint(0, 15, (text,), generator=rng)
+        labels[row, :text] = torch.where(torch.arange(text) < 12, -100, tokens[row, :text])
+        mask[row, :text] = 1
+    return {
+        "speech": speech, "speech_lengths": lengths, "input_ids": tokens, "attention_mask": mask, "labels_ids": labels,
+        "fbank_beg": torch.full((rows, 1), 3), "fake_token_len": (lengths - 1) // 8 + 1,
+        "item": [{"assistant": ["一二三"]}] * rows,
+    }  # fmt: skip
+
+
+def loss_and_gradients(model: torch.nn.Module) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss, stats, _ = model(**copy.deepcopy(batch()))
+    loss.backward()
+    return stats["loss"].item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def upstream(model: FunASRNano) -> torch.nn.Module:
+    """The same weights in upstream's class, with its forward and its attention."""
+    theirs = copy.deepcopy(model)
+    theirs.__class__ = type("Stock", (FunASRNano,), {"forward": stock.FunASRNano.forward})
+    classes = {nano.attention.FusedSANM: nano.attention.MultiHeadedAttentionSANM,
+               nano.attention.Fused: nano.attention.MultiHeadedAttention}  # fmt: skip
+    for layer in theirs.modules():
+        layer.__class__ = classes.get(type(layer), type(layer))
+    return theirs
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_loss_and_gradients_of_all_speed_ups_together_are_upstreams(folder, stage):
+    ours = build(folder, stage, ctc_weight=0, fused_attention=True)
+    if stage == 3:
+        for name, parameter in ours.named_parameters():  # B starts at zero, and A's gradient with it
+            if name.endswith("lora_B"):
+                torch.nn.init.normal_(parameter, std=0.1)
+    assert any(isinstance(layer, nano.attention.FusedSANM) for layer in ours.modules())
+    loss, gradients = loss_and_gradients(ours)
+    expected, expected_gradients = loss_and_gradients(upstream(ours))
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert gradients and gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-6)
+
+
+def test_bf16_noise_of_the_fused_path_is_that_of_upstreams(folder):
+    """Autocast as train_conf.use_bf16 does: both differ from fp32 by rounding, ours not by more than twice theirs."""
+    ours = build(folder, 1, ctc_weight=0, fused_attention=True)
+    exact = loss_and_gradients(ours)[0]
+    losses = []
+    for model in (ours, upstream(ours)):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses.append(loss_and_gradients(model)[0])
+    assert losses[0] == pytest.approx(losses[1], rel=5e-3)
+    assert abs(losses[0] - exact) <= 2 * abs(losses[1] - exact) + 5e-3 * exact
+
+
+def test_fused_attention_leaves_the_ctc_loss_alone(folder):
+    plain, fused = (build(folder, 2, ctc_weight=0.3, fused_attention=fused) for fused in (False, True))
+    loss, gradients = loss_and_gradients(fused)
+    expected, expected_gradients = loss_and_gradients(plain)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert any(name.startswith("ctc_decoder.blocks") for name in gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-6)
+
+
+def test_an_utterances_loss_does_not_depend_on_the_batch_it_is_in(folder):
+    """Length-bucketed batches of any size: padding and neighbours change nothing."""
+    model = build(folder, 1, ctc_weight=0, fused_attention=True)
+    whole, losses, counts = batch(), [], []
+    with torch.no_grad():
+        for row, length in enumerate(whole["speech_lengths"][:, 0].tolist()):
+            alone = {name: copy.deepcopy(value[row : row + 1]) for name, value in whole.items()}
+            alone["speech"] = alone["speech"][:, :length]
+            counts.append((alone["labels_ids"] >= 0).sum().item())
+            losses.append(model(**alone)[0].item())
+        together = model(**copy.deepcopy(whole))[0].item()
+    assert together == pytest.approx(np.average(losses, weights=counts), rel=1e-5)
+    assert max(losses) > min(losses)
+
+
+@pytest.mark.parametrize(("stage", "graph"), [(1, True), (2, False), (3, False)])
+def test_a_frozen_encoder_keeps_nothing_for_a_backward_pass(folder, stage, graph):
+    model = build(folder, stage, fused_attention=True).train()
+    part = batch()
+    encoded, _ = model.encode(part["speech"], part["speech_lengths"][:, 0])
+    assert encoded.requires_grad is graph
+
+
+@pytest.mark.parametrize(("fs", "seconds"), [(16000, 3.0), (16000, 0.03), (16000, 0.02), (8000, 1.01)])
+def test_features_are_upstreams(fs, seconds):
+    """Up to rounding: 0.01 of a natural logarithm, where speech spans 20 of them. Silence as well as noise."""
+    conf = {"fs": fs, "n_mels": 80, "lfr_m": 7, "lfr_n": 6, "dither": 0.0}
+    rng = np.random.default_rng(0)
+    waveform = torch.from_numpy((0.1 * rng.standard_normal(int(fs * seconds))).astype(np.float32))
+    waveform[len(waveform) // 2 :] = 0
+    theirs, their_lengths = wav_frontend.WavFrontend(**conf)(waveform[None], [len(waveform)])
+    ours, lengths = nano.frontend.WavFrontend(**conf)(waveform[None], [len(waveform)])
+    assert lengths.tolist() == their_lengths.tolist()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.01)
+
+
+def test_dither_is_as_loud_as_upstreams():
+    """On digital silence the features are those of the dither alone."""
+    conf = {"fs": 16000, "n_mels": 80, "lfr_m": 7, "lfr_n": 6, "dither": 1.0}
+    silence = torch.zeros(1, 160000)
+    theirs = wav_frontend.WavFrontend(**conf)(silence, [160000])[0]
+    ours = nano.frontend.WavFrontend(**conf)(silence, [160000])[0]
+    assert ours.mean().item() == pytest.approx(theirs.mean().item(), abs=0.05)
+    assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.05)
