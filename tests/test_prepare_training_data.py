@@ -665,6 +665,9 @@ def test_a_dask_cluster_writes_the_same_bytes(tmp_path, corpus):
         time.sleep(5)
         process = start_convert(tmp_path / "dask", source, "--dask_scheduler", address)
         assert process.wait(timeout=120) == 0, process.stderr.read()
+        for name, options in (("here", []), ("there", ["--dask_scheduler", address])):
+            words = ["--input", write_lines(tmp_path / "few.jsonl", corpus), "--output", tmp_path / f"{name}.jsonl"]
+            assert command("filter", *words, *options).returncode == 0
     finally:
         for part in reversed(cluster):
             part.terminate()
@@ -672,3 +675,4 @@ def test_a_dask_cluster_writes_the_same_bytes(tmp_path, corpus):
     assert same_tree(tmp_path / "local/audio", tmp_path / "dask/audio")
     texts = [(tmp_path / name / "train_formatted.jsonl").read_text() for name in ("local", "dask")]
     assert texts[0].replace("/local/", "/dask/") == texts[1]
+    assert (tmp_path / "here.jsonl").read_bytes() == (tmp_path / "there.jsonl").read_bytes()
