@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -662,10 +663,14 @@ def test_a_dask_cluster_writes_the_same_bytes(tmp_path, corpus):
         assert process.returncode == 2 and "error: no Dask scheduler" in log and "Traceback" not in log, log
     dask = str(Path(sys.executable).with_name("dask"))
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
-    address = f"tcp://127.0.0.1:{random.randrange(20000, 60000)}"
+    port = random.randrange(20000, 60000)
+    address = f"tcp://127.0.0.1:{port}"
     cluster = [subprocess.Popen([dask, "scheduler", "--host", address, "--no-dashboard"], **quiet)]
     cluster += [subprocess.Popen([dask, "worker", address, "--nthreads", "1", "--no-dashboard"], **quiet) for _ in "ab"]
     try:
+        deadline = time.time() + 120
+        while socket.socket().connect_ex(("127.0.0.1", port)) and time.time() < deadline:
+            time.sleep(0.2)
         process = start_convert(tmp_path / "dask", source, "--dask_scheduler", address)
         assert process.wait(timeout=300) == 0, process.stderr.read()
         for name, options in (("here", []), ("there", ["--dask_scheduler", address])):
