@@ -173,10 +173,11 @@ def _dask(address: str) -> Iterator[int]:
 
     try:
         client = Client(address, timeout=10)
-    except (OSError, TimeoutError) as error:
-        raise UserError(f"no Dask scheduler at {address}: {error}", code=2) from error
+        client.wait_for_workers(1, timeout=60)
+    except (OSError, TimeoutError, ValueError) as error:  # ValueError: no address at all
+        raise UserError(f"no Dask scheduler with workers at {address}: {error}", code=2) from error
     folder = os.path.dirname(os.path.abspath(__file__))
-    with client, joblib.parallel_config(backend="dask"):
+    with client, joblib.parallel_config(backend="dask", wait_for_workers_timeout=60):
         # The cluster must see this folder and the output's. The scheduler unpickles tasks too: without the path
         # it fails in silence, and joblib waits for ever.
         client.run_on_scheduler(site.addsitedir, folder)

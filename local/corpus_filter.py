@@ -123,7 +123,7 @@ def filter_corpus(args: argparse.Namespace) -> None:
     check_text = args.filter_annotation_error == "true"
     entries = unique(_apply_text(entry, rules, check_text) for entry in read_rows(args.input))
     with open_ledger(args.output, args.max_reject_ratio) as ledger:
-        inspected = parallel(inspect, entries, args.num_workers)
+        inspected = parallel(inspect, entries, args.num_workers, args.dask_scheduler)
         for entry, facts in progress(inspected, count_rows(args.input), f"filter {args.split}"):
             if entry.row is None:
                 ledger.reject(entry.given, entry.reason, entry.detail)
