@@ -52,6 +52,8 @@ def get_args() -> argparse.Namespace:
 
 def find_recordings(path: Path) -> dict[str, Path]:
     """Recordings by name: that of the file, its place in the folder, or the key in wav.scp."""
+    if (path / "wav.scp").is_file():
+        path /= "wav.scp"
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in SUFFIXES)
         recordings = {str(file.relative_to(path)): file for file in files}
@@ -88,9 +90,8 @@ def read_channels(path: Path) -> list[tuple[np.ndarray, int]]:
                 raise
             break
     first, power = channels[0][0], np.mean(np.square(channels[0][0]))
-    if all(np.mean(np.square(other - first)) <= SAME_CHANNEL * power for other, _ in channels[1:]):
-        return channels[:1]
-    return channels
+    same = all(np.mean(np.square(other - first)) <= SAME_CHANNEL * power for other, _ in channels[1:])
+    return channels[:1] if same else channels
 
 
 @contextlib.contextmanager
@@ -167,8 +168,7 @@ def main() -> None:
     if not (weights.is_file() and config.is_file()):
         raise UserError(f"--model_dir {args.model_dir} has no model.pt and config.yaml; run stage 5 first", code=2)
     settings = [file_hash(weights), file_hash(config), hotwords, conf, VAD]
-    recogniser = vad = None
-    failed = []
+    recogniser, vad, failed = None, None, []
     for name, path in progress(recordings.items(), len(recordings), "recordings"):
         stem = args.output_dir / audio.file_name(name, "")
         output, text_output = (stem.with_name(stem.name + suffix) for suffix in (".json", ".txt"))
