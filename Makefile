@@ -3,21 +3,27 @@
 EXP_OUTPUT ?= exp_output
 SEED ?= 0
 FORCE ?= false
+MODEL_DIR ?= $(EXP_OUTPUT)/final_model
 VENV := .venv/bin/python
 DEMO = $(EXP_OUTPUT)/demo
 CORPUS = $(DEMO)/corpus
+LISTEN = $(CORPUS)/wideband_dev.jsonl
 # The demo is the same everywhere: options of a real experiment that are set in the environment are kept from it.
 DEMO_ENV := env $(shell sed -n 's/^\([A-Z][A-Z0-9_]*\)=.*/-u \1/p' conf/experiment.conf)
 # PYTHON is the interpreter of `make setup` here, but the one that runs the helpers in run_experiment.sh.
 unexport PYTHON
 .DEFAULT_GOAL := help
-.PHONY: help setup doctor model stage0 stage1 stage2 stage3 stage4 stage5 all status demo test test-full lint clean
+.PHONY: help setup wheels doctor model stage0 stage1 stage2 stage3 stage4 stage5 all status demo test test-full lint \
+  clean bench transcribe tensorboard ablation-fs check-full-size traps listen
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9 -]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
 
-setup:  ## .venv with all that is needed; PYTHON= and TORCH= choose other ones
-	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" bash setup.sh
+setup:  ## .venv with all that is needed; PYTHON= and TORCH= choose other ones, WHEELS=folder needs no network
+	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" WHEELS="$(WHEELS)" bash setup.sh
+
+wheels:  ## everything `make setup` installs, collected in WHEELS=folder for a machine without a network
+	@PYTHON="$(PYTHON)" TORCH="$(TORCH)" WHEELS="$(WHEELS)" PLATFORM="$(PLATFORM)" bash setup.sh wheels
 
 doctor: setup  ## what this machine has and lacks
 	@bash setup.sh doctor
@@ -34,6 +40,13 @@ all: setup  ## every stage, -1 to 5
 status:  ## what is done, running, left; also in $EXP_OUTPUT/README_EXPERIMENT_STATUS.md
 	@$(VENV) local/stage_status.py show --output_root "$(EXP_OUTPUT)"
 
+transcribe: setup  ## AUDIO=call.wav, a folder or a wav.scp -> dialogue; MODEL_DIR= and HOTWORDS= as you like
+	@$(VENV) local/transcribe.py --audio "$(or $(AUDIO),$(error which recording? make transcribe AUDIO=call.wav))" \
+	  --model_dir "$(MODEL_DIR)" --hotwords "$(HOTWORDS)" --output_dir "$(EXP_OUTPUT)/transcribed"
+
+tensorboard: setup  ## curves of every training in $EXP_OUTPUT, on http://localhost:6006
+	@$(VENV) -m tensorboard.main --logdir "$(EXP_OUTPUT)/exp/8k_telephone" --port 6006
+
 demo: setup  ## the whole recipe on a corpus it speaks itself, on CPU, in minutes: $EXP_OUTPUT/demo
 	@$(DEMO_ENV) $(VENV) local/demo_corpus.py --output "$(CORPUS)" --seed "$(SEED)"
 	@$(DEMO_ENV) $(VENV) local/demo_base_model.py --train "$(CORPUS)/base_train.jsonl" --dev "$(CORPUS)/wideband_dev.jsonl" \
@@ -43,15 +56,35 @@ demo: setup  ## the whole recipe on a corpus it speaks itself, on CPU, in minute
 	  --force "$(FORCE)"
 	@cat "$(DEMO)/eval/scores.txt" && echo "report: $(DEMO)/report/index.html"
 
+ablation-fs: demo  ## the demo again with features at 8 kHz: docs/frontend_fs.md says which rate is better
+	@$(DEMO_ENV) $(VENV) bench/ablation_fs.py --demo "$(DEMO)" --seed "$(SEED)" --table docs/frontend_fs.md
+
 test: setup  ## the quick tests, under ten minutes
 	@$(VENV) -m pytest -m "not full"
 
 test-full: setup  ## all tests
 	@$(VENV) -m pytest
 
+check-full-size: setup  ## one step of each stage at the real model's size, random weights, on CPU: minutes, 24 GiB
+	@$(VENV) bench/full_size.py --work "$(EXP_OUTPUT)/full_size"
+
+traps: setup  ## docs/traps.md anew: FunASR's silent traps, and what is said here
+	@PYTHONPATH=local:tests $(VENV) tests/test_traps.py
+
 lint: setup  ## ruff and shellcheck
 	@.venv/bin/ruff check .
 	@.venv/bin/shellcheck -x *.sh local/*.sh .ci/run
+
+bench: setup  ## speed of the telephone simulation beside its peers: $EXP_OUTPUT/bench/simulation.json
+	@test -d "$(EXP_OUTPUT)/bench/peers" || $(VENV) -m venv "$(EXP_OUTPUT)/bench/peers"
+	@"$(EXP_OUTPUT)/bench/peers/bin/pip" install -q -r bench/requirements.txt || echo "peers that are missing are null"
+	@$(VENV) bench/simulation.py --peers "$(EXP_OUTPUT)/bench/peers/bin/python" \
+	  --output "$(EXP_OUTPUT)/bench/simulation.json"
+
+listen: setup  ## calls before and after, to hear and see: $EXP_OUTPUT/listen/index.html; LISTEN= is a corpus
+	@test "$(LISTEN)" != "$(CORPUS)/wideband_dev.jsonl" || test -e "$(LISTEN)" || \
+	  $(DEMO_ENV) $(VENV) local/demo_corpus.py --output "$(CORPUS)" --seed "$(SEED)"
+	@$(VENV) local/listen.py --input "$(LISTEN)" --output "$(EXP_OUTPUT)/listen/index.html" --seed "$(SEED)"
 
 clean:  ## remove the demo and caches; the real experiment and .venv stay
 	rm -rf "$(DEMO)" .pytest_cache .ruff_cache .hypothesis && find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

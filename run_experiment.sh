@@ -81,19 +81,19 @@ stage_0() {
     "$CHANNEL_CONF" "$FILTER_CONF" "$BG_NOISE_SCP" "$MODEL_DIR/config.yaml" "$MODEL_DIR/Qwen3-0.6B/tokenizer.json")
   SETTINGS=("TEXT_STYLE=$TEXT_STYLE" "FRONTEND_FS=$FRONTEND_FS" "MAX_SPEECH_LENGTH=$MAX_SPEECH_LENGTH" "SEED=$SEED")
   WRITES=("${TRAIN_DATA[@]}" "${TEST_DATA[@]}" "$DATA/STAGE0_COMPLETION_REPORT.md")
-  FOLDERS=("$DATA") LOG=$EXP_OUTPUT/logs/stage0.log ON_CHANGE=$(refuse_if "$DATA"/*/train_formatted.jsonl)
-  run_stage 0 prepare_data
+  FOLDERS=("$DATA") LOG=$EXP_OUTPUT/logs/stage0.log SETTINGS+=("ONLINE_CHANNEL=$ONLINE_CHANNEL")
+  ON_CHANGE=$(refuse_if "$DATA"/*/train_formatted.jsonl); run_stage 0 prepare_data
 }
 
 prepare_data() {
-  local split folder sources=()
+  local split sources=(); local -A on=([train1]=1)
   prepare_corpus raw wideband simulated_8k_telephone "$RAW_16K_TRAIN" "$RAW_16K_DEV" "$RAW_16K_TEST"
   prepare_corpus real telephone real_8k_telephone "$REAL_8K_TRAIN" "$REAL_8K_DEV" "$REAL_8K_TEST"
   local simulate=("$PYTHON" local/data_simulation.py --config "$CHANNEL_CONF" --output_fs "$FRONTEND_FS"
     --seed "$SEED" "${LIMIT[@]}" "${WORKERS[@]}" "${DASK[@]}")
   for split in train dev test; do
-    "${simulate[@]}" --input "$WORK/raw_$split.jsonl" --output "$WORK/simulated_$split.jsonl" \
-      --output_audio_dir "$SIM/audio" ${BG_NOISE_SCP:+--bg_noise_scp "$BG_NOISE_SCP"}
+    "${simulate[@]}" --input "$WORK/raw_$split.jsonl" --output "$WORK/simulated_$split.jsonl" --output_audio_dir \
+      "$SIM/audio" ${BG_NOISE_SCP:+--bg_noise_scp "$BG_NOISE_SCP"} ${on[$split$ONLINE_CHANNEL]:+--online}
     convert "$WORK/simulated_$split.jsonl" "$SIM/${split}_formatted.jsonl" "$SIM/audio"
     convert "$WORK/real_$split.jsonl" "$REAL/${split}_formatted.jsonl" "$REAL/audio_upsampled" --do_upsample
     convert "$WORK/raw_$split.jsonl" "$WIDE/${split}_formatted.jsonl" "$WIDE/audio" --do_upsample
@@ -102,11 +102,10 @@ prepare_data() {
   done
   "${simulate[@]}" --no_speech_probe 12 --output "$WORK/no_speech.jsonl" --output_audio_dir "$DATA/no_speech/audio"
   convert "$WORK/no_speech.jsonl" "$DATA/no_speech/test_formatted.jsonl" "$DATA/no_speech/audio"
-  for folder in "$SIM" "$REAL" "$WIDE"; do
-    "${PREPARE[@]}" validate --fs "$FRONTEND_FS" --input "$folder"/{train,dev,test}_formatted.jsonl
-  done
+  validate
   "${PREPARE[@]}" stats --data_dir "$DATA" --source "${sources[@]}"
 }
+validate() { "${PREPARE[@]}" validate --fs "$FRONTEND_FS" --input "${TRAIN_DATA[@]}" "${TEST_DATA[@]}"; }
 gather_rejected() { cat "${@:3}" "$1/rejected_$2_formatted.jsonl" >"$1/rejected_$2.jsonl"; }  # FOLDER SPLIT FILE...
 
 prepare_corpus() {  # NAME BAND FOLDER TRAIN DEV TEST -> work/NAME_{train,dev,test}.jsonl: no speaker is in two of them
@@ -152,6 +151,7 @@ train_stage() {  # NUMBER TITLE PARENT_CHECKPOINT
 }
 
 train() {
+  validate
   "$PYTHON" local/make_train_list.py --stage "$N" --simulated "$SIM" --real "$REAL" --wideband "$WIDE" \
     --real_share "$REAL_SHARE" --wideband_replay "$WIDEBAND_REPLAY" --simulated_share "$SIMULATED_SHARE" \
     --seed "$SEED" --output "$DIR/trainlist.jsonl" --valid_output "$DIR/valid.jsonl"
@@ -183,15 +183,13 @@ stage_4() {
 
 evaluate() {
   local points=$EVAL/checkpoints base="$MODEL_DIR/model.pt" alpha models=()
-  local mix=("$PYTHON" local/interpolate.py mix --base "$base" --adapted "$points/stage3_folded.pt")
-  "$PYTHON" local/interpolate.py fold --checkpoint "${STEPS[2]}" --output "$points/stage3_folded.pt"
+  local mix=("$PYTHON" local/final_model.py mix --base "$base" --adapted "${STEPS[2]}")
   for alpha in $ALPHAS; do
     "${mix[@]}" --alpha "$alpha" --output "$points/alpha_$alpha.pt"
     models+=("alpha_$alpha=$points/alpha_$alpha.pt")
   done
   decode dev "$EVAL/dev" "base=$base" "${models[@]}"
-  score "$EVAL/dev" "$EVAL/dev_summary.json"
-  "$PYTHON" local/interpolate.py choose --summary "$EVAL/dev_summary.json" --output "$EVAL/interpolation.json" \
+  score "$EVAL/dev" "$EVAL/dev_summary.json" --choose "$EVAL/interpolation.json" \
     --max_wideband_loss "$MAX_WIDEBAND_LOSS"
   alpha=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["alpha"])' "$EVAL/interpolation.json")
   "${mix[@]}" --alpha "$alpha" --output "$points/final.pt"
@@ -208,20 +206,20 @@ decode() {  # SPLIT OUTPUT_DIR NAME=CHECKPOINT...
   "$PYTHON" local/decode.py --model_dir "$MODEL_DIR" "${models[@]/#/--checkpoint=}" "${sets[@]/#/--test_set=}" \
     --output_dir "$2" --frontend_fs "$FRONTEND_FS"
 }
-score() { "$PYTHON" local/score.py --transcripts "$1" --output "$2" ${KEYWORDS:+--keywords "$KEYWORDS"}; }
+score() { "$PYTHON" local/score.py --transcripts "$1" --output "$2" ${KEYWORDS:+--keywords "$KEYWORDS"} "${@:3}"; }
 
 # --- stage 5: report and final model folder -------------------------------------------------------------------------
 stage_5() {
   needs_model; needs 4 "$EVAL/summary.json" "$EVAL/checkpoints/final.pt"
-  TITLE="$EVAL -> $EXP_OUTPUT/report/index.html, $EXP_OUTPUT/final_model"
-  READS=("$EVAL"/{summary.json,interpolation.json,checkpoints/final.pt}) SETTINGS=("REPORT_AUDIO=$REPORT_AUDIO")
+  TITLE="$EVAL -> $EXP_OUTPUT/report/index.html, $EXP_OUTPUT/final_model" LOG=$EXP_OUTPUT/logs/stage5.log
+  READS=("$EVAL"/{summary.json,interpolation.json,checkpoints/final.pt}) FOLDERS=("$EXP_OUTPUT"/{report,final_model})
+  SETTINGS=("REPORT_AUDIO=$REPORT_AUDIO" "FRONTEND_FS=$FRONTEND_FS" "TEXT_STYLE=$TEXT_STYLE")
   WRITES=("$EXP_OUTPUT"/report/{index.html,report.md} "$EXP_OUTPUT"/final_model/{model.pt,config.yaml})
-  FOLDERS=("$EXP_OUTPUT/report" "$EXP_OUTPUT/final_model") LOG=$EXP_OUTPUT/logs/stage5.log
   run_stage 5 finish
 }
 
 finish() {
-  "$PYTHON" local/export_model.py --model_dir "$MODEL_DIR" --checkpoint "$EVAL/checkpoints/final.pt" \
+  "$PYTHON" local/final_model.py export --model_dir "$MODEL_DIR" --checkpoint "$EVAL/checkpoints/final.pt" \
     --summary "$EVAL/summary.json" --output "$EXP_OUTPUT/final_model" \
     --frontend_fs "$FRONTEND_FS" --text_style "$TEXT_STYLE"
   "$PYTHON" local/report.py --exp_output "$EXP_OUTPUT" --output "$EXP_OUTPUT/report" --report_audio "$REPORT_AUDIO"

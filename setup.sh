@@ -3,12 +3,15 @@
 # requirements, TORCH and interpreter are those of the last time. `bash setup.sh doctor` looks at the machine.
 #   PYTHON=python3.11          interpreter, 3.10 to 3.12
 #   TORCH="torch==2.9.1 --index-url https://download.pytorch.org/whl/cu126"     another torch than the default
+#   WHEELS=folder              install from this folder alone, without a network; `bash setup.sh wheels` fills it for
+#                              the interpreter's version of Python and PLATFORM (manylinux_2_28_x86_64)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 VENV=.venv LOG=.venv/setup.log CPU_INDEX=https://download.pytorch.org/whl/cpu
+WHEELS=${WHEELS:+$(realpath -m -- "$WHEELS")} PLATFORM=${PLATFORM:-manylinux_2_28_$(uname -m)}
 # Chosen once, kept: `make demo` after `PYTHON=python3.10 TORCH=… make setup` must not set up something else.
 PYTHON=${PYTHON:-$("$VENV/bin/python" -c 'import sys; print(sys._base_executable)' 2>/dev/null || echo python3)}
-TORCH=${TORCH:-$(cat "$VENV/torch_given" 2>/dev/null || true)}
+TORCH=${TORCH:-$(cat ${WHEELS:+"$WHEELS/torch.txt"} "$VENV/torch_given" 2>/dev/null | head -n 1 || true)}
 
 fail() {
   echo "error: $1" >&2
@@ -25,13 +28,54 @@ torch_spec() {  # what pip installs as torch, one word a line
   else
     echo torch==2.13.0
     # Here 2.13.0+cpu is found, which pip prefers to PyPI's CUDA build of 2.13.0.
-    if answers "$CPU_INDEX/torch/"; then printf '%s\n' --extra-index-url "$CPU_INDEX"; fi
+    if [[ -z $WHEELS ]] && answers "$CPU_INDEX/torch/"; then printf '%s\n' --extra-index-url "$CPU_INDEX"; fi
   fi
+}
+
+collect_wheels() {  # what `make setup` would install for $PYTHON on PLATFORM, with checksums -> WHEELS
+  local want=(-r requirements.txt -r requirements-dev.txt) spec=() target=() glibc name machine
+  [[ $PLATFORM =~ ^manylinux_2_([0-9]+)_(.+)$ ]] ||
+    fail "PLATFORM=$PLATFORM: want manylinux_2_<minor version of glibc>_<machine>, as manylinux_2_28_x86_64"
+  machine=${BASH_REMATCH[2]}
+  target=(--platform "linux_$machine")  # what is built here
+  for ((glibc = BASH_REMATCH[1]; glibc >= 5; glibc--)); do target+=(--platform "manylinux_2_${glibc}_$machine"); done
+  for name in 2014 2010 1; do target+=(--platform "manylinux${name}_$machine"); done
+  mapfile -t spec < <(torch_spec)
+  mkdir -p "$WHEELS"
+  "$PYTHON" -m venv "$WHEELS/.pip" || fail "$PYTHON -m venv failed; install python3-venv, or name another PYTHON"
+  VENV=$WHEELS/.pip LOG=$WHEELS/wheels.log
+  : >"$LOG"
+  echo "wheels: for $("$PYTHON" -V) on $PLATFORM, ${spec[*]}: some minutes (log in $LOG)"
+  pip download --no-deps --only-binary=:all: "${target[@]}" --dest "$WHEELS" "${spec[@]}" || unreachable "${spec[*]}"
+  # Packages published as source only become wheels here: the other machine need not build anything.
+  pip install --dry-run --ignore-installed --report "$VENV/all.json" --find-links "$WHEELS" "${spec[@]}" "${want[@]}" ||
+    unreachable "the requirements"
+  "$VENV/bin/python" -c '
+import json, sys
+for item in json.load(open(sys.argv[1]))["install"]:
+    if not item["download_info"]["url"].endswith(".whl"):
+        print(item["metadata"]["name"], item["metadata"]["version"], sep="==")' "$VENV/all.json" >"$VENV/sources.txt"
+  pip wheel --no-deps --wheel-dir "$WHEELS" -r "$VENV/sources.txt" || fail "cannot build wheels ($(reason)); see $LOG"
+  pip download --only-binary=:all: "${target[@]}" --find-links "$WHEELS" --dest "$WHEELS" "${spec[@]}" "${want[@]}" ||
+    fail "no wheels of everything for $PLATFORM ($(reason)); see $LOG"
+  rm -r "$VENV"
+  echo "${TORCH:-${spec[0]}}" >"$WHEELS/torch.txt"
+  (cd "$WHEELS" && sha256sum -- *.whl >SHA256SUMS)
+  echo "wheels: $(wc -l <"$WHEELS/SHA256SUMS") wheels, $(du -sh "$WHEELS" | cut -f1) in $WHEELS"
+  echo "wheels: copy that folder and this repository to the other machine, and there: make setup WHEELS=folder"
 }
 
 answers() { "$PYTHON" -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1], timeout=5)' "$1" 2>/dev/null; }
 
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check --quiet "$@" >>"$LOG" 2>&1; }
+
+without_network() {  # from here on pip takes nothing but the wheels in WHEELS, whatever its own configuration says
+  [[ -s $WHEELS/SHA256SUMS ]] ||
+    fail "WHEELS=$WHEELS has no SHA256SUMS; fill it on a connected machine: make wheels WHEELS=folder"
+  (cd "$WHEELS" && sha256sum --check --quiet SHA256SUMS >&2) || fail "WHEELS=$WHEELS is damaged; copy it again"
+  unset PIP_INDEX_URL PIP_EXTRA_INDEX_URL
+  export PIP_CONFIG_FILE=/dev/null PIP_NO_INDEX=1 PIP_FIND_LINKS=$WHEELS
+}
 
 refuse_cuda_build() {  # SPEC...: GBs of CUDA libraries on a machine without a GPU; told before they are downloaded
   local report=$VENV/torch.json
@@ -47,6 +91,7 @@ unreachable() { fail "pip cannot get '$1' ($(reason)); name another: TORCH='torc
 
 install() {
   local spec=()
+  [[ -z $WHEELS ]] || without_network
   if [[ $("$VENV/bin/python" -V 2>&1) != "$("$PYTHON" -V)" ]]; then
     "$PYTHON" -m venv --clear "$VENV" >/dev/null ||
       fail "$PYTHON -m venv failed; install python3-venv, or name another PYTHON"
@@ -87,12 +132,42 @@ EOF
   for host in https://www.modelscope.cn https://huggingface.co; do
     answers "$host" && echo "network    $host answers" || echo "network    $host does not answer: give MODEL a folder"
   done
+  (preflight)
+}
+
+preflight() {  # what stages 1-3 check before they train, on the model and data that are there
+  # shellcheck source=local/parse_options.sh
+  source local/parse_options.sh
+  parse_options 1
+  local conf name train valid folder over model="" start=""
+  local exp=$EXP_OUTPUT/exp/8k_telephone data=$EXP_OUTPUT/data/simulated_8k_telephone
+  if [[ -s $EXP_OUTPUT/model/model_dir.txt ]]; then model=$(<"$EXP_OUTPUT/model/model_dir.txt"); start=$model/model.pt; fi
+  for conf in conf/stage[1-3]_*.yaml; do
+    name=$(basename "$conf" .yaml) folder=$exp/$name over=()
+    [[ -f $STAGE_OVERLAY_DIR/$name.yaml ]] && over=(--overlay "$STAGE_OVERLAY_DIR/$name.yaml")
+    train=$folder/trainlist.jsonl valid=$folder/valid.jsonl
+    [[ $name == stage3* ]] && data=$EXP_OUTPUT/data/real_8k_telephone
+    if [[ ! -s $train ]]; then train=$data/train_formatted.jsonl valid=$data/dev_formatted.jsonl; fi
+    if [[ ! -s $start || ! -s $train || ! -s $valid ]]; then
+      echo "$name: not checked, no model (stage -1) or no data (stage 0) in $EXP_OUTPUT"
+    elif "$VENV/bin/python" local/check_training.py before --stage_conf "$conf" --model_dir "$model" \
+      --init_checkpoint "$start" --train_list "$train" --valid_list "$valid" --output_dir "$folder" \
+      --frontend_fs "$FRONTEND_FS" "${over[@]}"; then
+      echo "$name: ready to train from $start"
+    else
+      echo "$name: would not start, the line above says why"
+    fi
+    if [[ -s $folder/averaged.pt ]]; then start=$folder/averaged.pt; fi
+  done
 }
 
 command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not there; name a Python of 3.10 to 3.12"
 "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null ||
   fail "$("$PYTHON" -V 2>&1 | head -n1): this recipe needs Python 3.10 to 3.12: PYTHON=python3.11 make setup"
-if [[ ${1:-} == doctor ]]; then doctor; exit 0; fi
+case ${1:-} in
+  doctor) doctor; exit 0 ;;
+  wheels) WHEELS=${WHEELS:-$PWD/wheels} && collect_wheels; exit 0 ;;
+esac
 stamp=$(cat requirements*.txt setup.sh <("$PYTHON" -V) <(echo "$TORCH"; has_gpu && echo gpu) | sha256sum)
 if [[ ! -x $VENV/bin/python || $(cat "$VENV/stamp" 2>/dev/null) != "$stamp" ]]; then
   install

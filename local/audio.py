@@ -5,11 +5,10 @@ G.726, M4A ...), then SoX where it is installed (NIST SPHERE with shorten, odd h
 Files are named by their key, so that two keys never share a file and none leaves its folder.
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import io
+import math
 import os
 import re
 import shutil
@@ -18,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import scipy.fft
 import soundfile
 
 SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
@@ -45,7 +43,9 @@ def read(
         raise AudioError("audio_missing", f"{path} does not exist")
     samples, rate = _decode_soundfile(path, start or 0.0, end) or _decode_other(path, start or 0.0, end)
     _check_channel(channel, samples.shape[1], path)
-    samples = samples.mean(axis=1) if channel is None else samples[:, channel]
+    if samples.dtype == np.int16:  # libsndfile's own conversion to float gives the same and takes ten times as long
+        samples = np.multiply(samples, 1 / 32768, dtype=np.float32)
+    samples = samples.mean(axis=1) if channel is None and samples.shape[1] > 1 else samples[:, channel or 0]
     if samples.size == 0:
         raise AudioError("audio_empty", f"no samples between {start or 0.0} s and {end or 'the end'} in {path}")
     if not np.isfinite(samples).all():
@@ -97,6 +97,13 @@ def length(
     return Length(last - first, header.samplerate, plain and whole)
 
 
+def rms_level(samples: np.ndarray) -> float:
+    """RMS level in dBov; -inf for digital silence."""
+    # Not np.dot: its last bits depend on how many threads it has, and so would the audio on the number of workers.
+    power = float(np.square(samples).sum()) / max(samples.size, 1)
+    return 10.0 * math.log10(power) if power > 0 else -math.inf
+
+
 def is_narrow_band(samples: np.ndarray, rate: int) -> bool:
     """Whether nothing but noise of rounding lies above 4 kHz: telephone audio, whatever its sampling rate says.
 
@@ -105,7 +112,7 @@ def is_narrow_band(samples: np.ndarray, rate: int) -> bool:
     if rate <= 8000:
         return True
     middle = samples[max(0, len(samples) // 2 - 5 * rate) : len(samples) // 2 + 5 * rate]
-    power = np.abs(scipy.fft.rfft(middle)) ** 2
+    power = np.abs(np.fft.rfft(middle)) ** 2
     edge = round(4200 / rate * len(middle))
     return bool(power[edge:].sum() <= 10**-4.5 * power[:edge].sum())
 
@@ -136,7 +143,8 @@ def _decode_soundfile(path: str, start: float, end: float | None) -> tuple[np.nd
         try:
             # GSM in WAV cannot seek.
             skipped = file.seek(first) if file.seekable() else 0
-            samples = file.read(last - skipped, dtype="float32", always_2d=True)[first - skipped :]
+            kind = "int16" if file.subtype == "PCM_16" else "float32"
+            samples = file.read(last - skipped, dtype=kind, always_2d=True)[first - skipped :]
         except soundfile.LibsndfileError as error:
             raise AudioError("audio_unreadable", f"{path}: damaged or cut off: {error}") from error
         missing = _missing_bytes(path)

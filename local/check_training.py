@@ -4,110 +4,145 @@
         --init_checkpoint CKPT --train_list trainlist.jsonl --valid_list valid.jsonl --output_dir EXP
     python local/check_training.py after  (the same arguments)
 
-before: every YAML key is read by something, every row would be used, its audio is there at the frontend's rate.
-after: frozen tensors are bit-identical to the start, every trained module moved, the loss is finite and fell.
-Exit 1 with what is wrong and what to do. The traps are FunASR 1.4.16's, which goes on without a word.
+before: every YAML key is read by something, every tensor of the model is in the checkpoint, every row would be used,
+its audio is there at the frontend's rate, and disk and GPU have room.
+after: frozen tensors are bit-identical to the start, every trained module moved and is saved, every row was used once
+an epoch, the loss is finite and fell.
+Exit 1 with what is wrong and what to do. docs/traps.md lists what FunASR 1.4.16 does instead, without a word.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib.util
 import json
 import logging
-import math
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import soundfile
 import yaml
 
 from common import UserError, progress, read_jsonl, run, write_json
 
-# Keys that FunASR 1.4.16 or local/nano reads and the released config.yaml may not have.
-MORE_KEYS = {
-    "specaug", "specaug_conf.apply_time_warp", "specaug_conf.apply_freq_mask", "specaug_conf.freq_mask_width_range",
-    "specaug_conf.num_freq_mask", "specaug_conf.lfr_rate", "specaug_conf.apply_time_mask",
-    "specaug_conf.time_mask_width_range", "specaug_conf.num_time_mask", "optim_conf.betas", "optim_conf.weight_decay",
-    "ctc_weight", "detach_ctc_decoder", "llm_conf.use_lora", "llm_conf.lora_conf.r", "llm_conf.lora_conf.lora_alpha",
-    "llm_conf.lora_conf.lora_dropout", "llm_conf.lora_conf.target_modules", "train_conf.early_stopping_patience",
-    "train_conf.avg_keep_nbest_models_type", "train_conf.keep_nbest_models", "train_conf.use_bf16",
-    "train_conf.use_deepspeed", "dataset_conf.cache_gib", "dataset_conf.prompt_classes", "dataset_conf.data_split_num",
-    "ctc_decoder_conf.freeze", "audio_adaptor_conf.freeze", "audio_encoder_conf.freeze", "scheduler_conf.warmup_steps",
-    "fused_attention",
-}  # fmt: skip
-# The released config has them; upstream accepts and ignores them.
-DEAD_KEYS = {"lsm_weight", "length_normalized_loss", "audio_encoder_conf.freeze_layer_num", "dataset_conf.retry"}
-LOSS = re.compile(r"train, rank: 0, epoch: (\d+)/.*?\(loss_avg_slice: ([^)]+)\)")
+if TYPE_CHECKING:
+    import torch
 
-
-def flat_keys(config: dict[str, Any], prefix: str = "") -> set[str]:
-    """Dotted names of a nested configuration's leaves: {"a": {"b": 1}} -> {"a.b"}."""
-    keys = set()
-    for name, value in config.items():
-        keys |= flat_keys(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name}
-    return keys
-
-
-def check_keys(stage_confs: list[Path], model_dir: Path) -> dict[str, Any]:
-    """Every key of the stage's YAMLs is read by something; return the merged configuration. UserError, code 2."""
-    from omegaconf import OmegaConf
-
-    model_config = OmegaConf.to_container(OmegaConf.load(model_dir / "config.yaml"))
-    known = (flat_keys(model_config) | MORE_KEYS) - DEAD_KEYS
-    layers = [model_config]
-    for path in stage_confs:
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; give the stage's YAML", code=2)
-        try:
-            layer = OmegaConf.to_container(OmegaConf.load(path))
-        except yaml.YAMLError as error:
-            raise UserError(f"{path}: not YAML: {error}", code=2) from error
-        for key in sorted(flat_keys(layer) - known):
-            near = difflib.get_close_matches(key, known, 1, 0)
-            raise UserError(f"{path}: nothing reads the key {key}; the nearest that is read is {near[0]}", code=2)
-        layers.append(layer)
-    return OmegaConf.to_container(OmegaConf.merge(*layers), resolve=False)
+AUDIO = re.compile(r"<\|startofspeech\|>!(.*?)<\|endofspeech\|>")
 
 
 def check_before(args: argparse.Namespace) -> None:
-    """Everything that can be known before the model is built. Raises UserError for the first thing that is wrong."""
-    config = check_keys([args.stage_conf, *args.overlay], args.model_dir)
-    dataset = config["dataset_conf"]
+    """Everything that can be known before training. Raises UserError for the first thing that is wrong."""
+    from nano.config import build_on_meta, effective, read_stage
+
+    stage = read_stage([args.stage_conf, *args.overlay])
+    if not any(importlib.util.find_spec(name) for name in ("kaldi_native_fbank", "torchaudio")):
+        raise UserError("no fbank library: every utterance would fail to load; pip install kaldi-native-fbank")
+    config = effective(stage, args.model_dir, args.frontend_fs)
+    check_config(config, args.stage_conf)
+    model = build_on_meta(config)
+    check_checkpoint(model, args.init_checkpoint, config)
+    check_rate(model, args.init_checkpoint, args.frontend_fs)
+    lists = (args.train_list, args.valid_list)
+    longest = max(check_rows(path, config["dataset_conf"], args.frontend_fs) for path in lists)
+    check_room(model, config, args.output_dir, longest)
+
+
+def check_config(config: dict[str, Any], path: Path) -> None:
+    """Settings that FunASR takes and then does something else with."""
+    dataset, ctc = config["dataset_conf"], config.get("ctc_weight", 0.3)
     if dataset.get("data_split_num", 1) != 1:
         raise UserError(f"data_split_num {dataset['data_split_num']}: an epoch would be that many epochs; set it to 1")
     if dataset.get("prompt_classes"):
         raise UserError("dataset_conf.prompt_classes adds a context to prompts that decoding lacks; set it to null")
-    if not any(importlib.util.find_spec(name) for name in ("kaldi_native_fbank", "torchaudio")):
-        raise UserError("no fbank library: every utterance would fail to load; pip install kaldi-native-fbank")
-    most = {name: dataset.get(name) for name in ("max_token_length", "max_source_length", "min_source_length")}
-    for path in (args.train_list, args.valid_list):
-        check_rows(path, most, args.frontend_fs)
-    need = 4 * args.init_checkpoint.stat().st_size * (1 + config["train_conf"].get("keep_nbest_models", 5))
-    free = shutil.disk_usage(args.output_dir.parent if args.output_dir.parent.exists() else ".").free
-    if free < need:
-        raise UserError(f"{free / 2**30:.1f} GiB free, checkpoints take {need / 2**30:.1f}; lower keep_nbest_models")
+    if ctc and not config.get("ctc_decoder"):
+        raise UserError(f"{path}: ctc_weight {ctc}, but the model folder has no ctc_decoder; set ctc_weight to 0")
+    frozen = config["ctc_decoder_conf"].get("freeze") if config.get("ctc_decoder") else True
+    detached = config.get("detach_ctc_decoder", True) or config["audio_encoder_conf"].get("freeze", True)
+    if ctc and frozen and detached:
+        raise UserError(f"{path}: ctc_weight {ctc} does nothing: the CTC branch is frozen and its loss does not reach "
+                        "the encoder; set ctc_weight to 0, or detach_ctc_decoder to false")  # fmt: skip
 
 
-def check_rows(path: Path, most: dict[str, int], fs: int) -> None:
-    """FunASR would use every row of the list, and its audio is there, mono, at `fs`."""
-    rows, keys = list(read_jsonl(path)), set()
+def check_checkpoint(model: torch.nn.Module, path: Path, config: dict[str, Any]) -> None:
+    """Every tensor of the model is in the checkpoint, or is new LoRA or an untrained CTC branch, which is said."""
+    from nano import weights
+
+    state, lora = weights.load(path)
+    missing, misshapen = weights.misfits(model, state)
+    if misshapen:
+        name, mine = misshapen[0], model.state_dict()[misshapen[0]]
+        raise UserError(f"{path}: {len(misshapen)} tensors of another shape, first {name} {tuple(state[name].shape)}, "
+                        f"the model's is {tuple(mine.shape)}; upstream would leave them random")  # fmt: skip
+    names = list(model.state_dict())
+    parts = {
+        "LoRA": [name for name in names if name.endswith((".lora_A", ".lora_B"))],
+        "CTC": [name for name in names if name.startswith(weights.CTC_PREFIXES)],
+    }
+    for part, wanted in parts.items():
+        absent = [name for name in wanted if name in missing]
+        missing = [name for name in missing if name not in wanted]
+        if absent and len(absent) < len(wanted):
+            raise UserError(f"{path} lacks {len(absent)} of {len(wanted)} {part} tensors, first {absent[0]}: damaged")
+        if absent and part == "LoRA":
+            logging.info("LoRA: not in the checkpoint, starts at zero effect")
+        elif absent:
+            trained = any(p.requires_grad for p in model.ctc.parameters())
+            then = "trained from random weights" if trained else "left out, and so is its loss"
+            logging.warning("CTC: the checkpoint has no weights of it; the branch is %s", then)
+    if missing:
+        raise UserError(f"{path} lacks {len(missing)} tensors, first {missing[0]}: upstream would train them from "
+                        "random weights; give a checkpoint of this model")  # fmt: skip
+    if lora and not parts["LoRA"]:
+        raise UserError(f"{path} has LoRA, which this stage would drop; fold it first: local/interpolate.py fold")
+    alpha = config["llm_conf"].get("lora_conf", {}).get("lora_alpha", 32)
+    if lora and lora["lora_alpha"] != alpha:
+        raise UserError(f"{path}: lora_alpha {lora['lora_alpha']}, the stage says {alpha}: it would be scaled anew")
+
+
+def check_rate(model: torch.nn.Module, checkpoint: Path, fs: int) -> None:
+    """The features are at the rate the checkpoint was trained with; only a stage that trains the encoder may choose."""
+    beside = checkpoint.parent / "config.yaml"
+    if not beside.is_file():
+        logging.warning("no config.yaml beside %s: the rate it was trained with is not known", checkpoint)
+        return
+    was = yaml.safe_load(beside.read_text(encoding="utf-8")).get("frontend_conf", {}).get("fs", 16000)
+    if was == fs:
+        return
+    frozen = not any(p.requires_grad for p in model.audio_encoder.parameters())
+    if frozen or (checkpoint.parent / "averaged.pt").is_file():
+        raise UserError(f"frontend fs {fs}, but {checkpoint} was trained at {was} Hz; the rate is chosen at stage 1")
+    logging.warning("frontend fs %d, the encoder knows %d Hz: an experiment; stages 2-5 must do the same", fs, was)
+
+
+def check_rows(path: Path, dataset: dict[str, Any], fs: int) -> int:
+    """FunASR would use every row of the list, its audio is there, mono, at `fs`; return the frames of the longest."""
+    least, most = dataset.get("min_source_length", 10), dataset.get("max_source_length", 8000)
+    text_most, both_most = dataset.get("max_target_length", 2048), dataset.get("max_token_length") or 2048
+    rows, keys, longest = list(read_jsonl(path)), set(), 0
     if not rows:
         raise UserError(f"{path} is empty: training would run no batch and succeed; see the rejected rows of stage 0")
-    for row in progress(rows, len(rows), f"checking {path.name}"):
-        key, speech, text = row["key"], row["speech_length"], row["text_length"]
+    for number, row in enumerate(progress(rows, len(rows), f"checking {path.name}"), 1):
+        try:
+            key, speech, text = row["key"], row["speech_length"], row["text_length"]
+            audio, said = AUDIO.search(row["messages"][1]["content"]).group(1), row["messages"][2]["content"]
+        except (KeyError, IndexError, AttributeError, TypeError) as error:
+            raise UserError(f"{path}:{number}: no formatted row (key, messages, lengths); run stage 0") from error
         if key in keys:
             raise UserError(f"{path}: key {key} twice")
         keys.add(key)
-        if text < 1 or not (most["min_source_length"] or 10) <= speech <= (most["max_source_length"] or 8000):
-            raise UserError(f"{path}: {key} has {speech} frames and {text} tokens; upstream would skip it; run stage 0")
-        if speech + text > most["max_token_length"]:
+        longest = max(longest, speech)
+        if not said or not 1 <= text <= text_most or not least <= speech <= most:
+            raise UserError(f"{path}: {key} has {speech} frames and {text} tokens; upstream would skip it ({least} to "
+                            f"{most} frames, 1 to {text_most} tokens are used); run stage 0")  # fmt: skip
+        if speech + text > both_most:
             raise UserError(f"{path}: {key} has {speech + text} frames and tokens, the sampler would skip it; raise "
-                            f"dataset_conf.max_token_length above {most['max_token_length']}")  # fmt: skip
-        audio = re.search(r"<\|startofspeech\|>!(.*?)<\|endofspeech\|>", row["messages"][1]["content"]).group(1)
+                            f"dataset_conf.max_token_length above {both_most}")  # fmt: skip
+        channel = row.get("channel")
+        if isinstance(channel, dict) and "online" in channel and not Path(channel["online"]).is_file():
+            raise UserError(f"{path}: {key}: no channel settings {channel['online']}; run stage 0 again")
         try:
             info = soundfile.info(audio)
         except (soundfile.LibsndfileError, OSError) as error:
@@ -115,39 +150,47 @@ def check_rows(path: Path, most: dict[str, int], fs: int) -> None:
         if info.samplerate != fs or info.channels != 1:
             raise UserError(f"{path}: {key}: {info.samplerate} Hz, {info.channels} channels, not {fs} Hz mono; "
                             "run stage 0 with the same FRONTEND_FS")  # fmt: skip
+    return longest
 
 
-def check_after(args: argparse.Namespace) -> dict[str, Any]:
-    """What training changed is what it should change; return figures for run.json. Raises UserError otherwise."""
+def check_room(model: torch.nn.Module, config: dict[str, Any], output_dir: Path, longest: int) -> None:
+    """Disk for the checkpoints and memory of the GPU, where there is one, estimated from the model's own shapes."""
     import torch
 
-    parameters = json.loads((args.output_dir / "parameters.json").read_text(encoding="utf-8"))
-    trained = {module for module, count in parameters.items() if count["trainable"]}
-    averaged = torch.load(args.output_dir / "averaged.pt", map_location="cpu", mmap=True)["state_dict"]
-    start = torch.load(args.init_checkpoint, map_location="cpu", mmap=True)
-    start = start.get("state_dict", start)
-    moved: dict[str, list[int]] = {module: [0, 0] for module in trained}
-    for name, tensor in averaged.items():
-        module = "lora" if "lora_" in name else name.split(".")[0]
-        same = name in start and torch.equal(tensor, start[name].to(tensor.dtype))
-        if module in trained:
-            moved[module][0] += 1
-            moved[module][1] += not same
-        elif not same and name in start:
-            raise UserError(f"{name} is frozen but changed in averaged.pt; do not use this checkpoint")
-    for module, (tensors, changed) in moved.items():
-        if not changed:
-            raise UserError(f"{module}: none of its {tensors} tensors moved in training; is its loss in train.log?")
-    losses: dict[int, float] = {}
-    for epoch, loss in LOSS.findall((args.output_dir / "train.log").read_text(encoding="utf-8", errors="replace")):
-        losses[int(epoch)] = float(loss)
-    if not losses or not all(math.isfinite(loss) for loss in losses.values()):
-        raise UserError(f"no finite training loss in {args.output_dir}/train.log; lower optim_conf.lr or log_interval")
-    first, last = losses[min(losses)], losses[max(losses)]
-    if len(losses) > 1 and last >= first:
-        raise UserError(f"the training loss did not fall: {first:.3f} -> {last:.3f}; check optim_conf.lr and the data")
-    fallen = {"loss_first_epoch": first, "loss_last_epoch": last, "loss_fallen": 1 - last / first}
-    return {"moved_tensors": {m: f"{c} of {n}" for m, (n, c) in moved.items()}, **fallen}
+    train, dataset = config["train_conf"], config["dataset_conf"]
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    # AdamW's two moments; beside the best: the newest, the one being written, averaged.pt.
+    need = (size + 8 * trained) * (train.get("keep_nbest_models", 500) + 2) + size
+    need -= sum(file.stat().st_size for file in output_dir.glob("model.pt.ep*"))
+    folder = next(parent for parent in (output_dir, *output_dir.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise UserError(f"{folder}: {free / 2**30:.1f} GiB free, the checkpoints take {need / 2**30:.1f}; lower "
+                        "train_conf.keep_nbest_models or free space")  # fmt: skip
+    batch = dataset["batch_size"] * (longest if dataset.get("batch_type") == "example" else 1)
+    memory = gpu_bytes(model, config, max(batch, longest), longest)
+    logging.info("%.2f M parameters trained; checkpoints take %.2f GiB at most; about %.1f GiB of GPU memory",
+                 trained / 1e6, need / 2**30, memory / 2**30)  # fmt: skip
+    if torch.cuda.is_available() and memory > (there := torch.cuda.get_device_properties(0).total_memory):
+        raise UserError(f"about {memory / 2**30:.0f} GiB of GPU memory needed, {there / 2**30:.0f} there; lower "
+                        f"dataset_conf.batch_size ({dataset['batch_size']})")  # fmt: skip
+
+
+def gpu_bytes(model: torch.nn.Module, config: dict[str, Any], frames: int, longest: int) -> float:
+    """Rough memory of a step on batches of `frames` 10 ms frames: weights, gradients, AdamW, activations."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    fixed = sum(p.numel() * p.element_size() for p in model.parameters()) + 12 * trained
+    encoder, llm = config["audio_encoder_conf"], model.llm.config
+    seen, tokens = frames / 6, frames / 20  # encoder frames; a speech token per 48, and text and prompt
+    # What backward needs of each layer in fp32 (norms, projections, feed-forward, upstream's matrix of scores).
+    layer = 11 * encoder["output_size"] + 3 * encoder["linear_units"]
+    if not config.get("fused_attention"):
+        layer += 3 * encoder["attention_heads"] * longest / 6
+    layers = encoder["num_blocks"] + encoder.get("tp_blocks", 0)
+    heard = seen * layer * layers * 4 * any(p.requires_grad for p in model.audio_encoder.parameters())
+    said = tokens * llm.num_hidden_layers * (12 * llm.hidden_size + 3 * llm.intermediate_size) * 4
+    return fixed + heard + said + tokens / 2 * llm.vocab_size * 12
 
 
 def get_args() -> argparse.Namespace:
@@ -168,9 +211,11 @@ def main() -> None:
     args = get_args()
     if args.when == "before":
         check_before(args)
-        logging.info("%s: every key is read, every row would be used", args.stage_conf.name)
+        logging.info("%s: every key is read, every tensor is there, every row would be used", args.stage_conf.name)
         return
-    figures = check_after(args)
+    from nano.postflight import check_after
+
+    figures = check_after(args.output_dir, args.init_checkpoint, args.train_list)
     path = args.output_dir / "run.json"
     write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"checked": figures})
     logging.info("%s: %s", args.output_dir.name, figures)

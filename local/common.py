@@ -1,23 +1,28 @@
-"""What every helper needs: errors a user can act on, JSON lines, atomic files, progress.
+"""What every helper needs: errors a user can act on, JSON lines, atomic files, progress, workers.
 
 A helper's `main()` is wrapped by `run`: a mistake of the user's ends in one line on
 stderr and exit code 1 (the data or the run failed a check) or 2 (the command was wrong).
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
+import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
+import site
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+# A full disk, no permission to write, a file where a folder should be, or the reverse; others are bugs.
+USERS_TO_MEND = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
+                 errno.EISDIR, errno.ENAMETOOLONG}
 
 
 class UserError(Exception):
@@ -44,8 +49,7 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         message, code = str(error), error.code
     except OSError as error:
-        # A full disk or a folder without write permission is the user's to mend; a bug is not.
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno not in USERS_TO_MEND:
             raise
         message, code = f"{error.strerror}: {error.filename or 'output'}; free space or choose another EXP_OUTPUT", 1
     except KeyboardInterrupt:
@@ -78,13 +82,13 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     Raises UserError for a missing file and for the first line that is not a JSON object.
     """
     if not os.path.isfile(path):
-        raise UserError(f"{path} does not exist; run the stage that writes it, or correct the path", code=2)
-    with open(path, encoding="utf-8") as file:
+        raise UserError(f"{path} is no file; run the stage that writes it, or correct the path", code=2)
+    with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON ({error.msg}); one JSON object per line") from error
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{number}: not JSON ({error}); one JSON object per line") from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: a {type(row).__name__}, not a JSON object")
             yield row
@@ -123,3 +127,56 @@ def file_hash(path: str | os.PathLike) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()[:16]
+
+
+def parallel(
+    function: Callable, items: Iterable, num_workers: int, dask_scheduler: str | None = None, batch_size: int = 16
+) -> Iterator:
+    """Yield function(item) for each item, in order, from worker processes; only some items are read ahead.
+
+    `batch_size` items go to a worker at a time; 1 where an item is much work.
+
+    UserError for a worker that the system killed, or a Dask scheduler (tcp://host:port) that does not answer.
+    """
+    if num_workers <= 1 and not dask_scheduler:
+        yield from map(function, items)
+        return
+    import joblib
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+    with _dask(dask_scheduler) if dask_scheduler else contextlib.nullcontext(num_workers) as workers:
+        # Neighbours go to one worker, which decodes a long call once for all its segments.
+        job = joblib.Parallel(workers, return_as="generator", batch_size=batch_size, pre_dispatch="64*n_jobs")
+        try:
+            yield from job(joblib.delayed(function)(item) for item in items)
+        except TerminatedWorkerError as error:
+            raise UserError(
+                "a worker was killed by the system (out of memory?); finished files are kept: "
+                "run the same command again with a smaller --num_workers"
+            ) from error
+
+
+def batches(items: Iterable, size: int) -> Iterator[list]:
+    """Cut any iterable into lists of at most `size` items."""
+    items = iter(items)
+    while batch := list(itertools.islice(items, size)):
+        yield batch
+
+
+@contextlib.contextmanager
+def _dask(address: str) -> Iterator[int]:
+    """Let joblib run on the Dask cluster at `address`; yields how many threads it has."""
+    import joblib
+    from dask.distributed import Client
+
+    try:
+        client = Client(address, timeout=10)
+    except (OSError, TimeoutError) as error:
+        raise UserError(f"no Dask scheduler at {address}: {error}", code=2) from error
+    folder = os.path.dirname(os.path.abspath(__file__))
+    with client, joblib.parallel_config(backend="dask"):
+        # The cluster must see this folder and the output's. The scheduler unpickles tasks too: without the path
+        # it fails in silence, and joblib waits for ever.
+        client.run_on_scheduler(site.addsitedir, folder)
+        client.register_worker_callbacks(functools.partial(site.addsitedir, folder))
+        yield max(1, sum(client.nthreads().values()))

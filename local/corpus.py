@@ -1,28 +1,27 @@
 """Read a corpus as people keep it (JSONL or a Kaldi data directory) into rows, and lose none of them.
 
-    for entry in read_rows("corpus/train.jsonl"):   # or a folder with wav.scp and text
-        entry.row                                   # None when entry.reason says why it is no row
+    with open_ledger("train.jsonl", max_reject_ratio=0.05) as ledger:
+        for entry in read_rows("corpus/train.jsonl"):   # or a folder with wav.scp and text
+            if entry.row: ledger.keep(entry.row)        # its fields have the right types, `source` is absolute
+            else: ledger.reject(entry.given, entry.reason, entry.detail)
 
-Every line becomes one entry: a row whose fields have the right types and whose `source` is absolute, or a reject.
+Every line becomes one entry, and every entry goes to one side, so in = out + rejected.
 """
 
-from __future__ import annotations
-
+import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
-import numpy as np
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from common import UserError, atomic_write, read_jsonl
 
-from common import UserError
-
-TEXT_FIELDS = ("key", "source", "target", "raw_target", "speaker", "call", "language", "corpus", "wideband_source")
+OPTIONAL = ("raw_target", "speaker", "call", "language", "corpus", "band", "wideband_source")
 MAX_DEPTH = 100  # brackets within brackets: far below what workers and writers of JSON can take
 
 
@@ -37,31 +36,41 @@ class Entry(NamedTuple):
 
 def read_rows(path: str | os.PathLike) -> Iterator[Entry]:
     """Yield every utterance of a JSONL file or a Kaldi data directory, in order; UserError for another path."""
-    path = Path(path)
-    if (path / "wav.scp").is_file() and (path / "text").is_file():
-        return _read_kaldi(path)
-    if not path.is_file():
+    return (_read_jsonl if os.path.isfile(path) else _read_kaldi)(corpus_files(path)[0])
+
+
+def filtered_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """Yield the rows that `filter` wrote; UserError for others."""
+    for row in read_jsonl(path):
+        if not isinstance(row.get("audio_hash"), str) or check_row(row, Path()).reason:
+            raise UserError(f"{path} has rows without audio_hash, or worse ones; give it to `filter` first", code=2)
+        yield row
+
+
+def corpus_files(path: str | os.PathLike) -> list[Path]:
+    """The files a corpus is in, first the one with a line for each utterance; UserError for another path."""
+    folder = Path(path)
+    if folder.is_file():
+        return [folder]
+    if not (folder / "wav.scp").is_file() or not (folder / "text").is_file():
         raise UserError(f"{path} is neither a JSONL file nor a folder with wav.scp and text", code=2)
-    return _read_jsonl(path)
+    return [file for name in ("segments", "wav.scp", "text", "utt2spk") if (file := folder / name).is_file()]
 
 
 def count_rows(path: str | os.PathLike) -> int:
     """How many entries `read_rows` will yield, near enough for a progress bar; lines are counted, not read."""
-    path = Path(path)
-    if path.is_dir():
-        path /= "segments" if (path / "segments").is_file() else "wav.scp"
-    with open(path, "rb") as file:
+    with open(corpus_files(path)[0], "rb") as file:
         return sum(bool(line.strip()) for line in file)
 
 
 def check_row(given: dict[str, Any], base: Path) -> Entry:
     """Check the types of one row's fields and make its source absolute; fields this recipe does not know are left."""
     row: dict[str, Any] = {}
-    for name in TEXT_FIELDS:
+    for name in ("key", "source", "target", *OPTIONAL):
         value = given.get(name)
         if name != "target" and type(value) is int:
             value = str(value)  # ids are often bare numbers in people's JSON
-        if value is None or (value == "" and name in ("speaker", "call", "language", "corpus")):
+        if value is None or (value == "" and name in OPTIONAL):
             continue
         if not isinstance(value, str):
             return Entry(given, None, "bad_field", f"{name} is a {type(value).__name__}, not text")
@@ -97,12 +106,12 @@ def segment(row: dict[str, Any]) -> dict[str, Any]:
 
 def unique(entries: Iterable[Entry]) -> Iterator[Entry]:
     """Reject a repeated key, before any worker would write the same file for it."""
-    seen: set[str] = set()
+    seen: set[int] = set()  # hashes: a set of a million keys would be large
     for entry in entries:
-        if entry.row and entry.row["key"] in seen:
+        if entry.row and hash(entry.row["key"]) in seen:
             entry = Entry(entry.given, None, "duplicate_key", f"{entry.row['key']!r:.100} was there before")
         elif entry.row:
-            seen.add(entry.row["key"])
+            seen.add(hash(entry.row["key"]))
         yield entry
 
 
@@ -150,7 +159,8 @@ def _kaldi_lines(path: Path) -> Iterator[tuple[str, str]]:
                 yield head, rest.strip()
 
 
-def _read_kaldi(folder: Path) -> Iterator[Entry]:
+def _read_kaldi(utterances: Path) -> Iterator[Entry]:
+    folder, segments = utterances.parent, utterances.name == "segments"
     text: dict[str, str] = {}
     for key, words in _kaldi_lines(folder / "text"):
         if key in text:
@@ -159,10 +169,9 @@ def _read_kaldi(folder: Path) -> Iterator[Entry]:
         else:
             text[key] = words
     speakers = dict(_kaldi_lines(folder / "utt2spk"))
-    segments = (folder / "segments").is_file()
     recordings = dict(_kaldi_lines(folder / "wav.scp")) if segments else {}
     unread = dict.fromkeys(text)
-    for key, rest in _kaldi_lines(folder / ("segments" if segments else "wav.scp")):
+    for key, rest in _kaldi_lines(utterances):
         unread.pop(key, None)
         given: dict[str, Any] = {"key": key, "source": rest, "target": text.get(key), "speaker": speakers.get(key)}
         if segments:
@@ -188,21 +197,73 @@ def _read_kaldi(folder: Path) -> Iterator[Entry]:
 
 def group_rows(rows: list[dict[str, Any]], by: Iterable[str]) -> list[list[int]]:
     """Rows that share a value of any field in `by`, or a recording, directly or by way of other rows, are one group."""
-    nodes: dict[tuple[str, str], int] = {}  # rows are nodes too, linked to the values they hold
-    links = [
-        (i, len(rows) + nodes.setdefault((name, row[name]), len(nodes)))
-        for i, row in enumerate(rows)
-        for name in (*by, "source")
-        if row.get(name)
-    ]
-    size = len(rows) + len(nodes)
-    graph = coo_array((np.ones(len(links)), np.array(links, dtype=int).reshape(-1, 2).T), shape=(size, size))
+    leader = list(range(len(rows)))  # of each row, one of its group; the group's own leads itself
+
+    def find(i: int) -> int:
+        while leader[i] != i:
+            leader[i] = leader[leader[i]]
+            i = leader[i]
+        return i
+
+    first: dict[tuple[str, str], int] = {}
+    for i, row in enumerate(rows):
+        for name in (*by, "source"):
+            if row.get(name):
+                leader[find(i)] = find(first.setdefault((name, row[name]), i))
     groups: dict[int, list[int]] = {}
-    for i, label in enumerate(connected_components(graph, directed=False)[1][: len(rows)]):
-        groups.setdefault(int(label), []).append(i)
+    for i in range(len(rows)):
+        groups.setdefault(find(i), []).append(i)
     return list(groups.values())
 
 
 def hash_share(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:6], "big") / 2**48
+
+
+class Ledger:
+    """The two sides of one pass over a corpus: rows kept and rows rejected, with counts by reason."""
+
+    def __init__(self, kept: TextIO, rejected: TextIO):
+        self.files = kept, rejected
+        self.kept = 0
+        self.reasons: Counter[str] = Counter()
+
+    def keep(self, row: dict[str, Any]) -> None:
+        """Write a row to the output."""
+        self.files[0].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.kept += 1
+
+    def reject(self, given: Any, reason: str, detail: str) -> None:
+        """Write a reject row: key, reason code, detail and what was given."""
+        key = given.get("key") if isinstance(given, dict) else None
+        row = {"key": key, "reason": reason, "detail": detail, "row": given}
+        self.files[1].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.reasons[reason] += 1
+
+
+@contextlib.contextmanager
+def open_ledger(output: str | os.PathLike, max_reject_ratio: float) -> Iterator[Ledger]:
+    """Open `output` and rejected_<its stem>.jsonl beside it; both appear when the block ends.
+
+    UserError, and no output, when there are no rows or more than `max_reject_ratio` of them were rejected.
+    """
+    output = Path(output)
+    rejects = output.with_name(f"rejected_{output.stem}.jsonl")
+    for path in (output, rejects):  # what a killed run left behind
+        for stale in path.parent.glob(f".{path.name}.*.tmp"):
+            stale.unlink(missing_ok=True)
+    with atomic_write(output) as kept:
+        with atomic_write(rejects) as rejected:
+            ledger = Ledger(kept, rejected)
+            yield ledger
+        bad = ledger.reasons.total()
+        total = ledger.kept + bad
+        reasons = ", ".join(f"{reason} {count}" for reason, count in ledger.reasons.most_common()) or "none"
+        logging.info("%s: %d rows in, %d out, %d rejected (%s)", output, total, ledger.kept, bad, reasons)
+        if not ledger.kept or bad > max_reject_ratio * total:
+            output.unlink(missing_ok=True)  # an older output beside new rejects would look finished
+            raise UserError(
+                f"{output}: only {ledger.kept} of {total} rows were kept (rejected: {reasons}; --max_reject_ratio is "
+                f"{max_reject_ratio}); see {rejects}, then mend the data or raise the limit"
+            )

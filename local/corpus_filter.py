@@ -8,8 +8,6 @@ The text is judged by the rules of that file, the audio by its samples, and the 
 the other sets (duplicates, leakage). Train alone is cut by limits on length, rate of speech and level.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib
@@ -23,12 +21,10 @@ import numpy as np
 import yaml
 
 import audio
-from common import UserError, progress
-from corpus import Entry, count_rows, read_rows, segment, unique
-from ledger import open_ledger, parallel
-from telephone.noise import rms_level
+from common import UserError, parallel, progress
+from corpus import Entry, count_rows, filtered_rows, open_ledger, read_rows, segment, unique
 
-CJK = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff\U00020000-\U0003134f"
+CJK = "々〇\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff\U00020000-\U0003134f"
 WIDE = CJK + "\u3001\u3002，！？：；（）《》「」『』【】…"
 HAS_CJK = re.compile(f"[{CJK}]")
 # Mandarin keeps its full-width punctuation (the model writes it so); NFKC would make it ASCII.
@@ -70,13 +66,13 @@ class TextRules:
             self.rules.append((rule["reason"], rule["why"], pattern))
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> TextRules:
+    def load(cls, path: str | os.PathLike) -> "TextRules":
         """Read a YAML file and run its examples; UserError, code 2, where it is not as it should be."""
         try:
             with open(path, encoding="utf-8") as file:
                 return cls(yaml.safe_load(file))
-        except FileNotFoundError as error:
-            raise UserError(f"{path} does not exist; --conf is such as conf/data_filter.yaml", code=2) from error
+        except OSError as error:
+            raise UserError(f"--conf {path}: {error.strerror}; give one as conf/data_filter.yaml", code=2) from error
         except (yaml.YAMLError, re.error, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not in the form of conf/data_filter.yaml: {error}", code=2) from error
 
@@ -114,17 +110,16 @@ def clean(text: str) -> str:
 
 def spoken_length(text: str) -> float:
     """Characters as they take time: CJK characters and digits whole, other letters a third (15 are 5 syllables)."""
-    cjk = len(HAS_CJK.findall(text))
-    return cjk + sum(char.isdigit() for char in text) + (sum(char.isalpha() for char in text) - cjk) / 3
+    return sum(1 if char.isnumeric() or HAS_CJK.match(char) else 1 / 3 for char in text if char.isalnum())
 
 
 def filter_corpus(args: argparse.Namespace) -> None:
     """Read a corpus, normalise its text, drop what breaks a rule and say why."""
     rules = TextRules.load(args.conf)
     limits = train_limits(args, rules)
-    others, texts = read_others(args.against)
-    heard: set[str] = set()
-    shared_texts = narrow = 0
+    others = read_others(args.against)
+    heard: set[int] = set()
+    wrong = 0
     check_text = args.filter_annotation_error == "true"
     entries = unique(_apply_text(entry, rules, check_text) for entry in read_rows(args.input))
     with open_ledger(args.output, args.max_reject_ratio) as ledger:
@@ -135,13 +130,10 @@ def filter_corpus(args: argparse.Namespace) -> None:
             elif problem := find_problem(entry.row, facts, heard, others, limits):
                 ledger.reject(entry.given, *problem)
             else:
-                heard.add(facts["hash"])
-                narrow += facts["narrow"]
-                shared_texts += hash(entry.row["target"]) in texts
-                ledger.keep(entry.row | {"seconds": round(facts["seconds"], 3), "audio_hash": facts["hash"]})
-    if args.against:  # no reason to drop a row: everybody says 好的
-        logging.info("%d rows share their text with %s (kept)", shared_texts, ", ".join(args.against))
-    wrong = {"wideband": narrow, "telephone": ledger.kept - narrow, None: 0}[args.expect_band]
+                heard.add(hash(facts["hash"]))
+                wrong += args.expect_band not in (None, facts["band"])
+                measured = {"seconds": round(facts["seconds"], 3), "audio_hash": facts["hash"], "band": facts["band"]}
+                ledger.keep(entry.row | measured)
     if wrong:
         message = "%d of %d rows offered as %s are not, by their energy above 4 kHz"
         logging.warning(message, wrong, ledger.kept, args.expect_band)
@@ -167,21 +159,17 @@ def train_limits(args: argparse.Namespace, rules: TextRules) -> dict[str, float]
     return rules.limits if longest is None else rules.limits | {"max_speech_length": longest}
 
 
-def read_others(paths: list[str]) -> tuple[dict[tuple[str, str], str], set[int]]:
-    """What other sets hold: the set that each audio, call and speaker is in, and the hashes of all texts."""
+def read_others(paths: list[str]) -> dict[tuple[str, str], str]:
+    """The set that each audio, call and speaker of other sets is in."""
     owners: dict[tuple[str, str], str] = {}
-    texts = set()
     for path in paths:
-        for entry in read_rows(path):
-            if entry.row is None:
-                raise UserError(f"{path}: {entry.detail}; --against takes the output of `filter`")
-            for identity in _identities(entry.row, entry.given.get("audio_hash")):
+        for row in filtered_rows(path):
+            for identity in _identities(row, row["audio_hash"]):
                 owners.setdefault(identity, path)
-            texts.add(hash(entry.row["target"]))
-    return owners, texts
+    return owners
 
 
-def _identities(row: dict[str, Any], audio_hash: str | None) -> list[tuple[str, str]]:
+def _identities(row: dict[str, Any], audio_hash: str) -> list[tuple[str, str]]:
     pairs = [("audio", row["source"]), ("audio", audio_hash)] + [(what, row.get(what)) for what in ("call", "speaker")]
     return [(what, value) for what, value in pairs if value]
 
@@ -207,18 +195,18 @@ def inspect(entry: Entry) -> tuple[Entry, dict[str, Any]]:
         "seconds": len(x) / rate,
         "frames": len(x) * 100 // rate,
         "rate": spoken_length(entry.row["target"]) * rate / len(x),
-        "level": rms_level(x.astype(np.float64)),
+        "level": audio.rms_level(x.astype(np.float64)),
         "clipped": float(np.mean(np.abs(x) >= 0.98)),  # full scale of mu-law is 0.9803, of A-law 0.984
-        "narrow": audio.is_narrow_band(x, rate),
+        "band": "telephone" if audio.is_narrow_band(x, rate) else "wideband",
         "hash": hashlib.sha256(x.tobytes()).hexdigest()[:16],
     }
 
 
 def find_problem(
-    row: dict[str, Any], facts: dict[str, Any], heard: set[str], others: dict, limits: dict[str, float]
+    row: dict[str, Any], facts: dict[str, Any], heard: set[int], others: dict, limits: dict[str, float]
 ) -> tuple[str, str] | None:
     """Reason and detail of what earlier audio, other sets or a limit have against a row, or None."""
-    if facts["hash"] in heard:
+    if hash(facts["hash"]) in heard:
         return "duplicate_audio", f"the same audio came before under another key: {row['source']}"
     for what, value in _identities(row, facts["hash"]):
         if (what, value) in others:

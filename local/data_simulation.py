@@ -8,11 +8,16 @@ Each row of the output is the input row with `source` naming the simulated call,
 drawn for it and `wideband_source` the original. What cannot be used goes to rejected_<output's stem>.jsonl.
 The audio of an utterance depends on (seed, key), the distributions and the babble pool alone, so any number of
 workers, a resume after a crash or a Dask cluster give the same bytes. Run it again to go on after an interruption.
+
+With --online no call is written: training draws a fresh one per epoch, by the settings in channel_<output's stem>.json,
+and only audio that is not mono at --output_fs already is written, cut and resampled.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import functools
 import hashlib
 import heapq
@@ -27,17 +32,18 @@ from typing import Any
 import numpy as np
 
 import audio
-from common import UserError, atomic_write, file_hash, progress, run, write_jsonl
-from corpus import Entry, check_row, count_rows, read_rows
-from ledger import batches, open_ledger, parallel
-from telephone import noise
-from telephone.channel import apply, draw, load_config
+from common import UserError, atomic_write, batches, file_hash, parallel, progress, run, write_json, write_jsonl
+from corpus import Entry, check_row, count_rows, open_ledger, read_rows
+from telephone import filters, noise, online
+from telephone.channel import draw, load_config
+from telephone.resample import resample
 
 POOL = 200  # utterances that babble is made of
+SILENT = "no speech in the telephone band above the idle noise of a line"
 Job = dict[str, Any]
 
 
-def get_args() -> argparse.Namespace:
+def get_args(command: list[str] | None = None) -> argparse.Namespace:
     """Command line of the helper."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -60,12 +66,16 @@ def get_args() -> argparse.Namespace:
     add("--no_codec", action="store_true", help="No codec and no packet loss.")
     add("--no_speech_probe", type=int, metavar="N", help="Write N calls without speech instead of reading --input.")
     add("--max_reject_ratio", type=float, default=0.05, help="Fail when more than this share of the rows is bad.")
+    add("--online", action="store_true", help="Leave the channel to training (ONLINE_CHANNEL=1).")
     add("--seed", type=int, default=0, help="Another seed draws other channels.")
+    add("--epoch", type=int, help="Draw the channels that training with --online draws in this epoch.")
     add("--num_workers", type=int, default=1, help="Local processes.")
     add("--dask_scheduler", help="Use the Dask cluster of this scheduler, tcp://host:port, instead.")
-    args = parser.parse_args()
+    args = parser.parse_args(command)
     if (args.input is None) == (args.no_speech_probe is None):
         parser.error("give --input, or --no_speech_probe N")
+    if args.online and (args.output_fs != 16000 or args.no_speech_probe or args.epoch is not None):
+        parser.error("--online is for 16 kHz training rows; no --no_speech_probe, --epoch or other --output_fs with it")
     if not 0 <= args.max_reject_ratio <= 1 or args.num_workers < 1 or (args.no_speech_probe or 1) < 1:
         parser.error("--max_reject_ratio is from 0 to 1, --num_workers and --no_speech_probe at least 1")
     return args
@@ -73,7 +83,7 @@ def get_args() -> argparse.Namespace:
 
 def simulate_row(row: dict[str, Any], job: Job) -> dict[str, Any]:
     """Simulate one utterance and write its audio; return the output row. Raises audio.AudioError."""
-    plan = draw(job["config"], job["seed"], row["key"])
+    plan = draw(job["config"], job["seed"], row["key"], job["epoch"])
     if "probe" in row:
         samples, fs = noise.render_probe(row["probe"], plan), 8000
     else:
@@ -82,18 +92,34 @@ def simulate_row(row: dict[str, Any], job: Job) -> dict[str, Any]:
         samples, fs = audio.read(row["source"], row.get("channel"), row.get("start"), row.get("end"))
         if samples.size < 0.1 * fs:
             raise audio.AudioError("too_short", f"{samples.size / fs:.4f} s")
-    babble = noise.babble_source(job["pool"], row["key"]) if job["pool"] else None
-    own = noise.file_source(job["noises"]) if job["noises"] else None
-    call = apply(plan, samples, fs, job["output_fs"], babble=babble, noise=own, pcm=True)
+    path = f"{job['audio_dir']}/{key_hash(row['key']) >> 56:02x}/{audio.file_name(row['key'], job['suffix'])}"
+    if job["online"]:
+        return wideband_row(row, samples, fs, path, job)
+    call = online.call(job, plan, row["key"], samples, fs)
     if "probe" not in row and plan["measured"]["sent_dbov"] is None:
-        raise audio.AudioError("silent", "no speech in the telephone band above the idle noise of a line")
-    path = Path(job["audio_dir"]) / f"{key_hash(row['key']) >> 56:02x}" / audio.file_name(row["key"], job["suffix"])
+        raise audio.AudioError("silent", SILENT)
     audio.write(path, call, job["output_fs"])
     out = {name: value for name, value in row.items() if name not in ("channel", "start", "end", "probe")}
     if "probe" not in row:
         cut = {f"wideband_{name}": row[name] for name in ("channel", "start", "end") if row.get(name) is not None}
         out |= {"wideband_source": row["source"], **cut}
-    return out | {"source": str(path), "channel": plan}
+    return out | {"source": path, "channel": plan}
+
+
+def wideband_row(row: dict[str, Any], samples: np.ndarray, fs: int, path: str, job: Job) -> dict[str, Any]:
+    """The row that training will simulate: its audio mono and at the rate training reads, in place where it is so."""
+    cut = {name: row[name] for name in ("channel", "start", "end") if row.get(name) is not None}
+    if fs < job["output_fs"]:
+        raise audio.AudioError("sampling_rate", f"{fs} Hz is no wideband recording: {row['source']}")
+    heard = resample(samples, fs, job["output_fs"])
+    if noise.active_level(filters.send(heard, 16000, "band", 300.0, 3400.0), 16000) <= noise.SILENT_DBOV:
+        raise audio.AudioError("silent", SILENT)
+    out = {name: value for name, value in row.items() if name not in cut}
+    if fs != job["output_fs"] or not audio.length(row["source"], **cut).plain:
+        audio.write(path, heard, job["output_fs"])
+        out["source"] = path
+    wideband = {f"wideband_{name}": value for name, value in cut.items()} | {"wideband_source": row["source"]}
+    return out | wideband | {"channel": {"online": job["online"]}}
 
 
 def simulate_part(job: Job, numbered: tuple[int, list[Entry]]) -> str:
@@ -102,6 +128,7 @@ def simulate_part(job: Job, numbered: tuple[int, list[Entry]]) -> str:
     The part file appears after all audio of its rows, and goes before any of it is written anew: audio is
     reused only under a part that names these very rows and settings, and with the sizes noted there.
     """
+    _keep_freed_memory()
     index, entries = numbered
     part = Path(job["parts"]) / f"{index:06d}.json"
     stamps = [_stamp(entry.row["source"]) for entry in entries if entry.row and "source" in entry.row]
@@ -123,15 +150,26 @@ def simulate_part(job: Job, numbered: tuple[int, list[Entry]]) -> str:
             rejected.append([entry.given, error.reason, str(error)])
     sizes = [_stamp(row["source"])[0] for row in rows]
     with atomic_write(part) as file:
-        json.dump({"identity": identity, "rows": rows, "sizes": sizes, "rejected": rejected}, file, ensure_ascii=False)
+        done = {"identity": identity, "rows": rows, "sizes": sizes, "rejected": rejected}
+        file.write(json.dumps(done, ensure_ascii=False))  # json.dump is many times slower
     return str(part)
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc reuse large arrays: glibc hands each back to the system, and faulting it in anew costs a third."""
+    with contextlib.suppress(AttributeError, OSError):  # another libc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD, in bytes
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the most it takes
 
 
 def _stamp(path: str) -> list[int]:
     """Size and time of a file; of a missing one, -1."""
-    if not os.path.isfile(path):
+    try:
+        found = os.stat(path)
+    except OSError:
         return [-1, -1]
-    return [os.path.getsize(path), os.stat(path).st_mtime_ns]
+    return [found.st_size, found.st_mtime_ns]
 
 
 def key_hash(key: str) -> int:
@@ -187,34 +225,42 @@ def make_job(args: argparse.Namespace) -> Job:
         write_jsonl(args.output.with_name(f"babble_pool_{args.output.stem}.jsonl"), rows)
     job: Job = {
         "config": load_config(args.config, **narrowing, own_noise=bool(noises), no_babble=not pool),
-        "seed": args.seed, "output_fs": args.output_fs, "suffix": f".{args.audio_format}",
-        "count": count, "duplicates": values[times > 1].tolist(), "pool": pool, "noises": noises,
+        "seed": args.seed, "epoch": args.epoch, "output_fs": args.output_fs, "online": None,
+        "suffix": f".{args.audio_format}", "count": count, "duplicates": values[times > 1].tolist(),
+        "pool": pool, "noises": noises,
         "audio_dir": os.path.abspath(args.output_audio_dir / args.output.stem),
         "parts": os.path.abspath(args.output.with_name(f".{args.output.stem}.parts")),
     }  # fmt: skip
+    if args.online:
+        job["online"] = os.path.abspath(args.output.with_name(f"channel_{args.output.stem}.json"))
+        write_json(job["online"], {name: job[name] for name in online.FIELDS})
     code = [file_hash(path) for path in sorted(Path(__file__).parent.glob("telephone/*.py"))]
     libraries = [metadata.version(name) for name in ("av", "numpy", "scipy", "soundfile", "soxr")]
     job["identity"] = hashlib.sha256(json.dumps([job, code, libraries]).encode()).hexdigest()
     return job
 
 
-def main() -> None:
-    """Simulate the whole input."""
-    args = get_args()
-    job = make_job(args)
+def simulate(args: argparse.Namespace, job: Job) -> None:
+    """Send all rows of the input through their channels; write the output and what was rejected."""
     for stale in [*Path(job["audio_dir"]).glob("*/.*.tmp"), *Path(job["parts"]).glob(".*.tmp")]:
         stale.unlink(missing_ok=True)  # what a killed run left half-written
     size = min(max(job["count"] // 2000, 4), 64)  # rows a killed run may do twice
     tasks = enumerate(batches(read_entries(args), size))
     work = functools.partial(simulate_part, job)
     with open_ledger(args.output, args.max_reject_ratio) as ledger:
-        parts = parallel(work, tasks, args.num_workers, args.dask_scheduler)
+        parts = parallel(work, tasks, args.num_workers, args.dask_scheduler, batch_size=1)
         for part in progress(parts, -(-job["count"] // size), f"simulating, {size} rows each"):
             done = json.loads(Path(part).read_text(encoding="utf-8"))
             for row in done["rows"]:
                 ledger.keep(row)
             for given, reason, detail in done["rejected"]:
                 ledger.reject(given, reason, detail)
+
+
+def main() -> None:
+    """Simulate the whole input."""
+    args = get_args()
+    simulate(args, make_job(args))
 
 
 if __name__ == "__main__":

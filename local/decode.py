@@ -14,21 +14,16 @@ import argparse
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-
 import audio
 from common import UserError, file_hash, progress, read_jsonl, run, write_json, write_jsonl
-from nano import weights
+from nano.inference import Recogniser, Utterance, batches, read_conf
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 SPEECH = re.compile(r"(.*)<\|startofspeech\|>!(.*)<\|endofspeech\|>", re.DOTALL)
@@ -47,64 +42,17 @@ def get_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class Recogniser:
-    """A Fun-ASR-Nano model ready to decode; `load` exchanges its weights."""
-
-    def __init__(self, model_dir: str | os.PathLike, device: str, dtype: str = "auto", frontend_fs: int = 16000):
-        from funasr import AutoModel  # seconds to import
-
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.dtype = ("bf16" if device.startswith("cuda") else "fp32") if dtype == "auto" else dtype
-        self.frontend_fs = frontend_fs
-        self.auto_model = AutoModel(
-            model=str(model_dir), device=device, disable_update=True, ncpu=torch.get_num_threads(),
-            ctc_decoder=None,  # time stamps; with them FunASR decodes one utterance at a time, and needs torchaudio
-            frontend_conf={"fs": frontend_fs, "dither": 0.0},  # FunASR's default dither makes transcripts random
-            llm_conf={"llm_dtype": self.dtype},
-        )
-        self.device = self.auto_model.kwargs["device"]
-
-    def load(self, checkpoint: str | os.PathLike) -> None:
-        """Exchange the weights, LoRA folded; refuse a checkpoint that would leave a tensor as it was."""
-        state, model = weights.load_folded(checkpoint), self.auto_model.model
-        if wrong := sum(weights.misfits(model, state), []):
-            raise UserError(f"{checkpoint} does not fit the model folder: {len(wrong)} tensors, first {wrong[0]}")
-        model.load_state_dict(state, strict=False)
-
-    @torch.inference_mode()
-    def transcribe(
-        self, rows: Sequence[dict[str, Any]], max_new_tokens: int = 512, max_tokens_per_second: float = 15.0
-    ) -> list[str]:
-        """Transcribe formatted rows as one batch, greedily, each with the prompt of its own row.
-
-        A hypothesis is cut at `max_tokens_per_second` of the longest utterance: nobody speaks faster, and one
-        repetition loop would otherwise hold up its whole batch until `max_new_tokens`.
-        """
-        seconds = max(row["speech_length"] for row in rows) / 100
-        options = {
-            **self.auto_model.kwargs, "llm_dtype": self.dtype, "llm_kwargs": {"do_sample": False, "num_beams": 1},
-            "max_length": min(max_new_tokens, 16 + math.ceil(max_tokens_per_second * seconds)),
-        }
-        messages, keys = [self._messages(row) for row in rows], [row["key"] for row in rows]
-        results, _ = self.auto_model.model.inference_llm(messages, key=keys, **options)
-        return [result["text"] for result in results]
-
-    def _messages(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        contents, prompt, path = parse_row(row)
-        try:
-            samples, rate = audio.read(path)
-        except audio.AudioError as error:
-            raise UserError(f"{row['key']}: {error}; run stage 0 again") from error
-        if rate != self.frontend_fs:
-            # FunASR would resample without a word, with another filter than training data had.
-            raise UserError(f"{row['key']}: {path} is at {rate} Hz, the frontend at {self.frontend_fs} Hz; see stage 0")
-        user = f"{prompt}<|startofspeech|>!!<|endofspeech|>"
-        return [
-            {"role": "system", "content": contents.get("system", "You are a helpful assistant.")},
-            {"role": "user", "content": user, "audio": torch.from_numpy(samples)},
-            {"role": "assistant", "content": "null"},
-        ]
+def utterance(row: dict[str, Any], frontend_fs: int) -> Utterance:
+    """The audio and the prompt of a formatted row."""
+    contents, prompt, path = parse_row(row)
+    try:
+        samples, rate = audio.read(path)
+    except audio.AudioError as error:
+        raise UserError(f"{row['key']}: {error}; run stage 0 again") from error
+    if rate != frontend_fs:
+        # FunASR would resample without a word, with another filter than training data had.
+        raise UserError(f"{row['key']}: {path} is at {rate} Hz, the frontend at {frontend_fs} Hz; see stage 0")
+    return Utterance(row["key"], samples, prompt, *([contents["system"]] if "system" in contents else []))
 
 
 def parse_row(row: dict[str, Any]) -> tuple[dict[str, str], str, str]:
@@ -114,23 +62,6 @@ def parse_row(row: dict[str, Any]) -> tuple[dict[str, str], str, str]:
     if match is None:
         raise UserError(f"{row.get('key')}: no user message with <|startofspeech|>!PATH<|endofspeech|>; see stage 0")
     return contents, match[1], match[2]
-
-
-def batches(rows: Sequence[dict[str, Any]], size: int, seconds: float) -> Iterator[list[dict[str, Any]]]:
-    """Sort rows by length, longest first so that memory runs out at once or never, and cut them into batches.
-
-    A batch has at most `size` rows and `seconds` of padded audio. It depends on nothing but the rows: padding
-    changes the last bits of a score, so an interrupted run must meet the same batches again.
-    """
-    batch: list[dict[str, Any]] = []
-    for row in sorted(rows, key=lambda row: (-row["speech_length"], row["key"])):
-        # The first is the longest, in frames of 10 ms.
-        if batch and (len(batch) == size or batch[0]["speech_length"] * (len(batch) + 1) > 100 * seconds):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
 
 
 class PartFile:
@@ -174,7 +105,8 @@ def decode_test_set(
     for batch in progress(todo, len(todo), f"{settings['model']} {settings['test_set']}, batches"):
         # A batch is decoded whole even when some of it is there: its padding must be that of an uninterrupted run.
         if any(row["key"] not in part.rows for row in batch):
-            texts = recogniser.transcribe(batch, conf["max_new_tokens"], conf["max_tokens_per_second"])
+            texts = recogniser.transcribe(
+                [utterance(row, recogniser.fs) for row in batch], conf["max_new_tokens"], conf["max_tokens_per_second"])
             for row, text in zip(batch, texts, strict=True):
                 part.append(transcript(row, text, settings))
     part.close()
@@ -202,16 +134,6 @@ def named(pairs: list[str], what: str) -> dict[str, str]:
             raise UserError(f"{what} {pair!r}: want NAME=VALUE, each name once, of letters, digits, . _ -", code=2)
         result[name] = value
     return result
-
-
-def read_conf(path: str) -> dict[str, Any]:
-    """The settings that decide what a transcript says."""
-    names = ("device", "dtype", "batch_size", "batch_seconds", "max_new_tokens", "max_tokens_per_second")
-    try:
-        conf = yaml.safe_load(Path(path).read_text("utf-8"))
-        return {name: conf[name] for name in names}
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: {error}; want a YAML file with {', '.join(names)}", code=2) from error
 
 
 def read_test_set(path: str) -> list[dict[str, Any]]:

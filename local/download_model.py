@@ -111,7 +111,7 @@ def check_model(folder: Path) -> dict[str, Any]:
     check_tokenizer(folder, Path(config["llm_conf"]["init_param_path"]))
     state, lora = weights.load(folder / "model.pt")
     if lora is not None:
-        raise UserError(f"{folder}/model.pt holds LoRA tensors; fold them first (local/interpolate.py fold)")
+        raise UserError(f"{folder}/model.pt holds LoRA tensors; fold them first (local/final_model.py mix --alpha 1)")
     model = build_without_weights(folder, config)
     missing, misshapen = weights.misfits(model, state)
     needed = [name for name in missing if not name.startswith(weights.CTC_PREFIXES)]

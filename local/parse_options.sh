@@ -78,7 +78,8 @@ check_options() {  # all that can be checked before anything is done
     [[ $value =~ ^(0?\.[0-9]+|1|1\.0*)$ ]] || fail "--alphas '$ALPHAS': expected numbers over 0, up to 1"
   done
   one_of FORCE true false; one_of REPORT_AUDIO true false
-  one_of TEXT_STYLE written spoken; one_of FRONTEND_FS 16000 8000
+  one_of TEXT_STYLE written spoken; one_of FRONTEND_FS 16000 8000; one_of ONLINE_CHANNEL 0 1
+  [[ $ONLINE_CHANNEL$FRONTEND_FS != 18000 ]] || fail "--online_channel 1 needs --frontend_fs 16000"
   if [[ -z $PYTHON ]]; then PYTHON=python3; [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python; fi
   command -v "$PYTHON" >/dev/null || fail "--python $PYTHON is not there; \`make setup\` makes .venv/bin/python"
   [[ -z $STAGE_OVERLAY_DIR || -d $STAGE_OVERLAY_DIR ]] || fail "--stage_overlay_dir $STAGE_OVERLAY_DIR is not a folder"

@@ -9,8 +9,6 @@
 Every row that goes in comes out in the output or, with a reason code, in rejected_<output's stem>.jsonl beside it.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import heapq
@@ -22,26 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import audio
-from common import UserError, atomic_write, file_hash, progress, read_jsonl, run, write_jsonl
-from corpus import Entry, count_rows, group_rows, hash_share, read_rows, segment, unique
+import corpus
+from common import UserError, atomic_write, batches, file_hash, parallel, progress, run, write_jsonl
+from corpus import Entry
 from corpus_filter import filter_corpus
-from ledger import batches, open_ledger, parallel
 from stage0_report import stats, validate
 from telephone.resample import resample
 
 PROMPTS = {"written": "语音转写：", "spoken": "语音转写，不进行文本规整："}
-CARRIED = ("channel", "raw_target", "speaker", "call", "corpus", "language", "wideband_source")
 
 
 def split(args: argparse.Namespace) -> None:
     """Cut a dev set in two halves that share no call, no speaker and no recording."""
-    rows = list(read_jsonl(args.input))
-    groups = group_rows(rows, ("call", "speaker"))
+    rows = list(corpus.filtered_rows(args.input))
+    groups = corpus.group_rows(rows, ("call", "speaker"))
     if len(groups) < 2:
         raise UserError(f"{args.input}: all rows hang together by call or speaker; give a test set of its own")
     halves: tuple[list[int], list[int]] = ([], [])
     # The largest first, each to the smaller half; ties by a hash, so that no order of the file matters.
-    for group in sorted(groups, key=lambda group: (-len(group), min(hash_share(rows[i]["key"]) for i in group))):
+    for group in sorted(groups, key=lambda group: (-len(group), min(corpus.hash_share(rows[i]["key"]) for i in group))):
         min(halves, key=len).extend(group)
     for path, half in zip((args.dev, args.test), halves, strict=True):
         write_jsonl(path, (rows[i] for i in sorted(half)))
@@ -50,9 +47,9 @@ def split(args: argparse.Namespace) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     """Write some rows of a corpus, bad ones too, chosen by a hash: a trial of what the whole will do."""
-    chosen = heapq.nsmallest(args.rows, ((hash_share(str(e.given)), n, e) for n, e in enumerate(read_rows(args.input))))
+    entries = corpus.read_rows(args.input)
     with atomic_write(args.output) as file:
-        for _, _, entry in chosen:
+        for entry in heapq.nsmallest(args.rows, entries, key=lambda entry: corpus.hash_share(str(entry.given))):
             given = entry.row or entry.given
             file.write((given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)) + "\n")
 
@@ -65,16 +62,17 @@ def convert(args: argparse.Namespace) -> None:
     for stale in folder.glob(".*.tmp"):
         stale.unlink(missing_ok=True)
     # Audio newer than the marker of a killed run with the same input and settings is finished.
-    marker, fingerprint = folder / ".unfinished", f"{file_hash(args.input)} {args.output_fs} {args.do_upsample}"
+    marker, hashes = folder / ".unfinished", " ".join(map(file_hash, corpus.corpus_files(args.input)))
+    fingerprint = f"{hashes} {args.output_fs} {args.do_upsample}"
     if not marker.exists() or marker.read_text() != fingerprint:
         with atomic_write(marker) as file:
             file.write(fingerprint)
-    settings = {"folder": folder, "fs": args.output_fs, "upsample": args.do_upsample, "since": marker.stat().st_mtime}
-    work = functools.partial(to_training_audio, **settings)
+    settings = {"folder": folder, "fs": args.output_fs, "upsample": args.do_upsample, "suffix": f".{args.audio_format}"}
+    work = functools.partial(to_training_audio, **settings, since=marker.stat().st_mtime)
     count = text_lengths(args.tokenizer)
-    with open_ledger(args.output, args.max_reject_ratio) as ledger:
-        done = parallel(work, unique(read_rows(args.input)), args.num_workers, args.dask_scheduler)
-        for batch in batches(progress(done, count_rows(args.input), "convert"), 1000):
+    with corpus.open_ledger(args.output, args.max_reject_ratio) as ledger:
+        done = parallel(work, corpus.unique(corpus.read_rows(args.input)), args.num_workers, args.dask_scheduler)
+        for batch in batches(progress(done, corpus.count_rows(args.input), "convert"), 1000):
             rows = [entry.row for entry in batch if entry.row]
             for entry in batch:
                 if not entry.row:
@@ -84,19 +82,19 @@ def convert(args: argparse.Namespace) -> None:
     marker.unlink()
 
 
-def to_training_audio(entry: Entry, folder: Path, fs: int, upsample: bool, since: float) -> Entry:
+def to_training_audio(entry: Entry, folder: Path, fs: int, upsample: bool, suffix: str, since: float) -> Entry:
     """Make one utterance mono at `fs` (in a worker): refer to a file that is so already, write the others."""
     row = entry.row
     if row is None:
         return entry
-    cut = segment(row)
+    cut = corpus.segment(row)
     try:
         samples, rate, plain = audio.length(row["source"], **cut)
         if rate < fs and not upsample:
             raise audio.AudioError("sampling_rate", f"{rate} Hz, {fs} wanted; --do_upsample raises it: {row['source']}")
         path = row["source"]
         if not plain or rate != fs or "<|" in path:  # "<|" would end the prompt's audio token
-            path = os.path.abspath(folder / audio.file_name(row["key"]))
+            path = os.path.abspath(folder / audio.file_name(row["key"], suffix))
             if not os.path.exists(path) or os.stat(path).st_mtime < max(since, os.stat(row["source"]).st_mtime):
                 x, rate = audio.read(row["source"], **cut)
                 audio.write(path, resample(x, rate, fs), fs)
@@ -116,8 +114,9 @@ def format_row(row: dict[str, Any], text_length: int, text_style: str) -> dict[s
         {"role": "user", "content": f"{PROMPTS[text_style]}<|startofspeech|>!{row['source']}<|endofspeech|>"},
         {"role": "assistant", "content": row["target"]},
     ]
+    carried = ("channel", *corpus.OPTIONAL)
     lengths = {"speech_length": row["speech_length"], "text_length": text_length}
-    return {"key": row["key"], "messages": messages} | lengths | {name: row[name] for name in CARRIED if name in row}
+    return {"key": row["key"], "messages": messages} | lengths | {name: row[name] for name in carried if name in row}
 
 
 def text_lengths(folder: str | None) -> Callable[[list[str]], list[int]]:
@@ -125,14 +124,16 @@ def text_lengths(folder: str | None) -> Callable[[list[str]], list[int]]:
     if not folder:
         logging.warning("no --tokenizer: text_length counts characters, not the model's tokens")
         return lambda texts: [len(text) for text in texts]
-    from transformers import AutoTokenizer
+    from tokenizers import Tokenizer  # what transformers wraps, without the seconds that importing it takes
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+    except Exception as error:  # the library raises nothing more special
         message = f"--tokenizer {folder} is not the LLM's folder, such as MODEL_DIR/Qwen3-0.6B: {error}"
         raise UserError(message, code=2) from error
-    return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return lambda texts: [len(row.ids) for row in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -140,34 +141,38 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     cores = len(os.sched_getaffinity(0))
 
-    def ratio(text: str) -> float:
-        if not 0 <= float(text) <= 1:
-            raise argparse.ArgumentTypeError("between 0 and 1")
-        return float(text)
+    def number(most: float) -> Callable[[str], float]:
+        def check(text: str) -> float:
+            if not 0 <= float(text) <= most:
+                raise argparse.ArgumentTypeError(f"between 0 and {most:g}")
+            return float(text)
+
+        return check
 
     add = commands.add_parser("filter", help="Drop rows that break a rule of --conf, with the reason.").add_argument
     add("--input", required=True, help="JSONL file or Kaldi data directory.")
     add("--output", required=True, help="JSONL of the rows kept; rejects go to rejected_<stem>.jsonl beside it.")
     add("--conf", default="conf/data_filter.yaml", help="Rules on text and audio.")
     add("--split", default="train", choices=("train", "dev", "test"), help="Only train is cut by the train_only rules.")
-    add("--max_reject_ratio", type=ratio, default=0.5, help="Exit 1 when a larger share of the rows is rejected.")
+    add("--max_reject_ratio", type=number(1), default=0.5, help="Exit 1 when a larger share of the rows is rejected.")
     add("--filter_annotation_error", type=str.lower, choices=("true", "false"), default="true",
         help="Whether the rules on text drop rows.")
     add("--max_speech_length", type=int, help="Frames of 10 ms; overrides --conf.")
-    add("--max_speech_percentile", type=float, help="Fit the longest length allowed to this percentile of the corpus.")
+    add("--max_speech_percentile", type=number(100), help="Fit the longest length to this percentile of the corpus.")
     add("--against", nargs="*", default=[], help="Rows of other sets: what shares audio, call or speaker is dropped.")
     add("--expect_band", choices=("wideband", "telephone"), help="Warn of rows whose spectrum says otherwise.")
     add("--num_workers", type=int, default=cores, help="Worker processes.")
 
     add = commands.add_parser("convert", help="Write rows and audio in the form training reads.").add_argument
-    add("--input", required=True, help="JSONL of filtered or simulated rows.")
+    add("--input", required=True, help="JSONL of filtered or simulated rows, or a Kaldi data directory.")
     add("--output", required=True, help="JSONL of formatted rows; rejects go to rejected_<stem>.jsonl beside it.")
     add("--output_audio_dir", help="Where audio goes that cannot be used in place (default: audio beside the output).")
     add("--do_upsample", action="store_true", help="Raise audio below --output_fs to it (else rejected).")
     add("--output_fs", type=int, default=16000, choices=(8000, 16000), help="Sampling rate in Hz of every row's audio.")
+    add("--audio_format", default="flac", choices=("flac", "wav"), help="FLAC is half as big, WAV is faster.")
     add("--tokenizer", help="Folder of the LLM's tokenizer, which counts text_length.")
     add("--text_style", default="written", choices=tuple(PROMPTS), help="How the corpus is written; picks the prompt.")
-    add("--max_reject_ratio", type=ratio, default=0.05, help="Exit 1 when a larger share of the rows is rejected.")
+    add("--max_reject_ratio", type=number(1), default=0.05, help="Exit 1 when a larger share of the rows is rejected.")
     add("--num_workers", type=int, default=cores, help="Worker processes.")
     add("--dask_scheduler", help="Run on this Dask cluster (tcp://host:port) instead of local processes.")
 

@@ -1,9 +1,11 @@
 """Score transcripts: CER, WER, keywords and hallucinations per model and test set, with intervals.
 
     python local/score.py --transcripts exp_output/eval/transcripts --output exp_output/eval/summary.json
+    python local/score.py --transcripts eval/dev --output eval/dev_summary.json --choose eval/interpolation.json
 
 Writes the summary (one row per model and test set) and beside it details.json: error rates by codec, SNR, packet
-loss, duration, speaker and corpus, every keyword, and the most frequent confusions. Rates are fractions.
+loss, duration, speaker and corpus, every keyword, and the most frequent confusions. Rates are fractions. With
+--choose it also picks, among models named alpha_0.25, alpha_0.50 ..., the best mix of base and adapted model.
 """
 
 from __future__ import annotations
@@ -27,6 +29,11 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="summary.json to write; details.json goes beside it.")
     parser.add_argument("--keywords", default="conf/keywords.txt", help="Keyword list. Default: %(default)s.")
     parser.add_argument("--conf", default="conf/decode.yaml", help="Settings. Default: %(default)s.")
+    parser.add_argument("--choose", help="File for the choice among models named alpha_*, by the scores of dev sets.")
+    parser.add_argument(
+        "--max_wideband_loss", type=float, default=0.01,
+        help="How much wideband CER of the choice may be above the base's, as a fraction. Default: %(default)s.",
+    )
     return parser.parse_args()
 
 
@@ -120,6 +127,47 @@ def read_transcripts(folder: str) -> Iterator[list[dict[str, Any]]]:
         yield rows
 
 
+def pooled_cer(rows: list[dict[str, Any]], model: str, *test_sets: str) -> float | None:
+    """CER of a model over several test sets at once, weighted by their characters; None without characters."""
+    rows = [row for row in rows if row["model"] == model and row["test_set"] in test_sets]
+    total = sum(row["characters"] for row in rows)
+    errors = sum(row["substitutions"] + row["deletions"] + row["insertions"] for row in rows)
+    return errors / total if total else None
+
+
+def choose_alpha(rows: list[dict[str, Any]], max_wideband_loss: float) -> dict[str, Any]:
+    """The alpha of lowest telephone CER on dev among those that lose at most `max_wideband_loss` on wideband dev.
+
+    When every alpha loses more, the one that loses least. Without wideband dev, telephone alone decides.
+    Returns the choice, the reason, and the whole curve.
+    """
+    curve = [
+        {
+            "model": name, "alpha": float(name.removeprefix("alpha_")),
+            "telephone_cer": pooled_cer(rows, name, "simulated_dev", "real_dev"),
+            "wideband_cer": pooled_cer(rows, name, "wideband_dev"),
+        }
+        for name in {row["model"] for row in rows} if name.startswith("alpha_")
+    ]
+    curve.sort(key=lambda point: point["alpha"])
+    if not curve or any(point["telephone_cer"] is None for point in curve):
+        raise UserError("some model alpha_* or all of them lack telephone scores; score simulated_dev or real_dev")
+    base = pooled_cer(rows, "base", "wideband_dev")
+    allowed, reason = curve, "lowest telephone CER on dev; wideband dev was not scored"
+    if base is not None and all(point["wideband_cer"] is not None for point in curve):
+        allowed = [point for point in curve if point["wideband_cer"] <= base + max_wideband_loss + 1e-12]
+        reason = f"lowest telephone CER on dev among those that lose at most {max_wideband_loss:.2%} wideband CER"
+    if allowed:
+        chosen = min(allowed, key=lambda point: point["telephone_cer"])
+    else:
+        chosen = min(curve, key=lambda point: point["wideband_cer"])
+        reason = f"every alpha loses more than {max_wideband_loss:.2%} wideband CER; this one loses least"
+    return {
+        "alpha": chosen["alpha"], "model": chosen["model"], "reason": reason, "max_wideband_loss": max_wideband_loss,
+        "base_wideband_cer": base, "curve": curve,
+    }
+
+
 def print_table(summary: list[dict[str, Any]]) -> None:
     """Print models by test sets, for a person."""
     columns = {"cer": "CER %", "cer_low": "from", "cer_high": "to", "wer": "WER %", "kwer": "KWER %"}
@@ -161,6 +209,10 @@ def main() -> None:
     write_json(args.output, summary)
     print_table(summary)
     logging.info("%d transcripts scored, %s", len(scored), args.output)
+    if args.choose:
+        choice = choose_alpha(summary, args.max_wideband_loss)
+        write_json(args.choose, choice)
+        logging.info("alpha = %.2f: %s", choice["alpha"], choice["reason"])
 
 
 if __name__ == "__main__":

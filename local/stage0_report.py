@@ -3,8 +3,6 @@
     problems = check_files(["train_formatted.jsonl", "dev_formatted.jsonl"], fs=16000, check_all=False)
 """
 
-from __future__ import annotations
-
 import argparse
 import heapq
 import itertools
@@ -22,7 +20,6 @@ import numpy as np
 import audio
 from common import UserError, atomic_write, progress, read_jsonl
 from corpus import count_rows, hash_share, read_rows
-from telephone.noise import rms_level
 
 SAMPLE = 200  # files whose audio is measured again; all of them with --check_audio
 SHOWN = 10
@@ -39,29 +36,29 @@ def validate(args: argparse.Namespace) -> None:
     if first:
         more = sum(1 for _ in problems)
         raise UserError(f"{len(first) + more} problems in {', '.join(args.input)}; the first is: {first[0]}")
-    logging.info("%s: valid", ", ".join(args.input))
+    logging.info("%d files are valid", len(set(args.input)))
 
 
 def check_files(paths: list[str], fs: int, check_all: bool) -> Iterator[str]:
     """Yield the problems of formatted files: structure, audio, lengths, unique keys, disjoint train, dev and test."""
-    owners: dict[tuple[str, str, str], str] = {}
-    for path in paths:
+    owners: dict[int, str] = {}  # by hash: the names and paths of a million rows are large
+    for path in dict.fromkeys(paths):  # one given twice is no leak
         name = Path(path).stem
         role = next((split for split in ("train", "dev", "test") if split in re.split("[_-]", name)), name)
-        total, keys = count_rows(path) if os.path.isfile(path) else 0, set()
+        total, keys = count_rows(path) if os.path.isfile(path) else 0, set[int]()
         for number, row in enumerate(progress(read_jsonl(path), total, f"validate {name}"), 1):
             where = f"{path}:{number}"
             problem = structure_problem(row, role)
             if problem:
                 yield f"{where}: {problem}"
                 continue
-            if row["key"] in keys:
+            if hash(row["key"]) in keys:
                 yield f"{where}: key {row['key']!r:.100} was there before"
-            keys.add(row["key"])
+            keys.add(hash(row["key"]))
             # Keys, calls and speakers are names within one corpus (folder); a path is a path everywhere.
             names = [(os.path.dirname(path), what, row.get(what)) for what in ("key", "call", "speaker")]
             for place, what, value in [*names, ("", "audio", audio_path(row))]:
-                owner = owners.setdefault((place, what, value), role) if value else role
+                owner = owners.setdefault(hash((place, what, str(value))), role) if value else role
                 if owner != role:
                     yield f"{where}: {what} {value!r:.100} is in {owner} too"
             problem = audio_problem(row, fs, check_all or hash_share(row["key"]) * total < SAMPLE)
@@ -117,12 +114,16 @@ def audio_path(row: dict[str, Any]) -> str:
 
 
 class Part:
-    """What one corpus has in one split: the lengths of all rows, rejects by reason, and a sample of the rows."""
+    """What one corpus has in one split: lengths and texts of all rows, rejects by reason, and a sample of the rows."""
 
     def __init__(self, path: Path):
         split = path.stem.removesuffix("_formatted")
-        self.name = f"{path.parent.name}/{split}"
-        self.frames = array("I", (row["speech_length"] for row in read_jsonl(path)))  # 10 ms each
+        self.path, self.name = path, f"{path.parent.name}/{split}"
+        self.frames, self.texts, self.bands = array("I"), array("q"), Counter()
+        for row in read_jsonl(path):
+            self.frames.append(row["speech_length"])  # 10 ms each
+            self.texts.append(hash(row["messages"][-1]["content"]))
+            self.bands[row.get("band")] += 1
         self.sample = heapq.nsmallest(SAMPLE, read_jsonl(path), key=lambda row: hash_share(row["key"]))
         # The driver gathers the rejects of all steps under the first name; one step has but its own.
         gathered = path.with_name(f"rejected_{split}.jsonl")
@@ -132,6 +133,11 @@ class Part:
         self.rows = len(self.frames) + self.rejected
         self.hours = sum(self.frames) / 360_000
         self.source_rows = "not counted"
+
+    def shared_texts(self, parts: Iterable["Part"]) -> int:
+        """Rows whose text is in another set of the corpus too: no reason to drop them, everybody says 好的."""
+        others = (part.texts for part in parts if part is not self and part.path.parent == self.path.parent)
+        return int(np.isin(self.texts, sum(others, array("q"))).sum())
 
 
 def stats(args: argparse.Namespace) -> None:
@@ -190,7 +196,7 @@ def draw(parts: Iterable[Part], picture: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4), layout="constrained")
     for part in parts:
         files = [audio_path(row) for row in progress(part.sample, len(part.sample), f"levels {part.name}")]
-        levels = [rms_level(audio.read(path)[0].astype(np.float64)) for path in files]
+        levels = [audio.rms_level(audio.read(path)[0].astype(np.float64)) for path in files]
         options = {"histtype": "step", "density": True, "label": part.name}
         axes[0].hist(np.array(part.frames) / 100, bins=60, **options)
         axes[1].hist(levels, bins=np.arange(-80, 1, 2), **options)
@@ -214,12 +220,14 @@ def sections(parts: Iterable[Part]) -> Iterator[str]:
     """Yield the report: valid rows, filtered by reason, lengths and levels, worst rejects, files to listen to."""
     yield "# Stage 0 completion report\n\n## Valid rows\n"
     yield table(
-        "set | rows in | valid | filtered | share filtered | hours | rows in the source, counted again",
+        "set | rows in | valid | filtered | share filtered | hours | rows in the source, counted again | "
+        "recorded without energy above 4 kHz | text in another set too",
         ((p.name, p.rows, len(p.frames), p.rejected, f"{p.rejected / max(p.rows, 1):.1%}", f"{p.hours:.2f}",
-          p.source_rows) for p in parts),
+          p.source_rows, p.bands["telephone"], p.shared_texts(parts)) for p in parts),
     )
     yield "In = valid + filtered. Rules on length, rate of speech and level hold for train only: dev and test are"
-    yield "never cut by them. A test set taken from dev shares dev's filtered rows and source.\n"
+    yield "never cut by them. A test set taken from dev shares dev's filtered rows and source. A text that another set"
+    yield "of the corpus has too is no reason to drop a row; shared audio, call or speaker is (leakage).\n"
     yield "## Filtered by reason\n"
     yield table("set | reason | rows", ((p.name, *counted) for p in parts for counted in p.reasons.most_common()))
     yield f"## Lengths and levels\n\n![Histograms of length and level]({PICTURE})\n"
@@ -229,6 +237,8 @@ def sections(parts: Iterable[Part]) -> Iterator[str]:
         worst = heapq.nlargest(SHOWN, rejects, key=lambda item: excess(item[1]["detail"]))
         yield f"### {reason}\n"
         yield table("set | key | detail", ((name, str(row["key"])[:80], row["detail"][:200]) for name, row in worst))
+    yield "## Paths\n"
+    yield table("set | valid rows | filtered rows", ((p.name, p.path, p.rejects) for p in parts))
     yield "## Listening examples\n"
     examples = [(part.name, row) for part in parts for row in part.sample[:3]]
     cells = [(name, audio_path(row), row["messages"][-1]["content"][:80]) for name, row in examples]

@@ -5,7 +5,6 @@ every JSONL written, and a hash of every input and option. The driver asks befor
 start, and again only after its outputs are there: a killed stage stays "started" and simply goes on.
 
     python local/stage_status.py check --stage 1 --output_root exp_output --inputs conf/a.yaml --config SEED=0
-    python local/stage_status.py start --stage 1 --output_root exp_output --inputs conf/a.yaml --config SEED=0
     python local/stage_status.py done  --stage 1 --output_root exp_output --outputs exp_output/exp/a/averaged.pt
     python local/stage_status.py show  --output_root exp_output
 
@@ -19,6 +18,7 @@ import argparse
 import json
 import os
 import re
+import statistics
 import sys
 import time
 from datetime import timedelta
@@ -27,30 +27,35 @@ from typing import Any
 
 import psutil
 
-from common import UserError, atomic_write, file_hash, run, write_json
+from common import UserError, atomic_write, file_hash, read_jsonl, run, write_json
 
 NOTHING_TO_DO, MUST_RUN, MUST_REDO = 0, 3, 4
 STAGES = {
     -1: "model", 0: "data", 1: "encoder", 2: "adaptor and CTC", 3: "LoRA", 4: "decoding and scores",
     5: "report and final model",
 }
+# A step as funasr/train_utils/trainer_ds.py, log(), writes it.
+LOG_LINE = re.compile(
+    r"\b(?P<tag>train|val), rank: 0, epoch: (?P<epoch>\d+)/(?P<epochs>\d+).*?step_in_slice: "
+    r"(?P<step>\d+)/(?P<steps>\d+).*?\(loss_avg_slice: (?P<loss>[^)]+)\).*?\(acc_avg_slice: (?P<acc>[^)]+)\)"
+    r".*?'total_time': '(?P<seconds>[^']+)'.*?peak: (?P<gpu>[\d.]+) GB"
+)
 KALDI_FILES = ("wav.scp", "text", "segments", "utt2spk")
 
 
 def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Say whether a stage must run, and remember that it ran.")
-    parser.add_argument("action", choices=("check", "start", "done", "show"))
-    parser.add_argument("--stage", type=int, help="Number of the stage, -1 to 5.")
-    parser.add_argument("--output_root", required=True, help="The EXP_OUTPUT of the experiment.")
-    parser.add_argument("--inputs", nargs="*", default=[], help="Files and Kaldi folders the stage reads.")
-    parser.add_argument("--config", nargs="*", default=[], metavar="NAME=VALUE", help="Options that change its result.")
-    parser.add_argument("--outputs", nargs="*", default=[], help="Files the stage has to have written by `done`.")
-    parser.add_argument("--force", choices=("true", "false"), default="false", help="Redo the stage whatever it is.")
-    parser.add_argument(
-        "--on_change", choices=("refuse", "redo"), default="redo",
-        help="What a change of inputs means for earlier work: refuse to replace it without --force, or redo it.",
-    )
-    parser.add_argument("--pid", type=int, default=0, help="Process of the driver, to tell running from stopped.")
+    add = parser.add_argument
+    add("action", choices=("check", "start", "done", "show"))
+    add("--stage", type=int, help="Number of the stage, -1 to 5.")
+    add("--output_root", required=True, help="The EXP_OUTPUT of the experiment.")
+    add("--inputs", nargs="*", default=[], help="Files and Kaldi folders the stage reads.")
+    add("--config", nargs="*", default=[], metavar="NAME=VALUE", help="Options that change its result.")
+    add("--outputs", nargs="*", default=[], help="Files the stage has to have written by `done`.")
+    add("--force", choices=("true", "false"), default="false", help="Redo the stage whatever it is.")
+    add("--on_change", choices=("refuse", "redo"), default="redo",
+        help="What a change of inputs means for earlier work: refuse to replace it without --force, or redo it.")
+    add("--pid", type=int, default=0, help="Process of the driver, to tell running from stopped.")
     return parser.parse_args()
 
 
@@ -69,11 +74,9 @@ def fingerprint(inputs: list[str], config: list[str]) -> dict[str, dict[str, str
 
 def changes(before: dict[str, dict[str, str]], now: dict[str, dict[str, str]]) -> list[str]:
     """What differs between two fingerprints, each in a few words."""
-    found = []
-    for name in sorted(before["config"].keys() | now["config"].keys()):
-        old, new = before["config"].get(name) or "empty", now["config"].get(name) or "empty"
-        if old != new:
-            found.append(f"{name} {old} -> {new}")
+    names = sorted(before["config"].keys() | now["config"].keys())
+    options = [(name, before["config"].get(name) or "empty", now["config"].get(name) or "empty") for name in names]
+    found = [f"{name} {old} -> {new}" for name, old, new in options if old != new]
     for path in sorted(before["inputs"].keys() | now["inputs"].keys()):
         old, new = before["inputs"].get(path, "absent"), now["inputs"].get(path, "absent")
         if old != new:
@@ -98,9 +101,14 @@ def read_marker(root: str, stage: int) -> dict[str, Any] | None:
 def check(root: str, stage: int, now: dict, force: bool = False, refuse: bool = False) -> tuple[int, str]:
     """Decide about a stage: (exit code, one line that says why).
 
-    Raises UserError where the stage would replace work of other inputs and may not.
+    Raises UserError where the stage would replace work of other inputs and may not, and where its sampling rate is
+    not that of stage 1, where it is chosen.
     """
-    marker = read_marker(root, stage)
+    marker, first = read_marker(root, stage), read_marker(root, 1) if stage > 1 else None
+    chosen, asked = (facts["config"].get("FRONTEND_FS") for facts in (first or now, now))
+    if asked != chosen:
+        raise UserError(f"FRONTEND_FS is {asked}, but stage 1 trained at {chosen} Hz; add --frontend_fs {chosen}, or "
+                        "begin again at stage 0 in another --exp_output", code=2)  # fmt: skip
     if marker is None:
         return MUST_RUN, "not run yet"
     changed = changes(marker, now)
@@ -147,35 +155,59 @@ def done(root: str, stage: int, outputs: list[str]) -> dict[str, Any]:
     return marker
 
 
-def last_step(log: Path) -> str:
-    """The last training and the last validation line of FunASR's log, in a few words; "" where there is none."""
-    if not log.is_file():
-        return ""
-    # The format is that of funasr/train_utils/trainer_ds.py, log().
-    pattern = r"\b(train|val), rank: \d+, epoch: (\d+/\d+).*?step_in_slice: (\d+/\d+).*?\(loss_avg_slice: ([^)]+)\)"
-    last = {tag: rest for tag, *rest in re.findall(pattern, log.read_text("utf-8", errors="replace"))}
-    return ", ".join(f"{tag} epoch {epoch} step {step} loss {loss}" for tag, (epoch, step, loss) in last.items())
+def training_row(folder: Path, running: bool) -> list[str]:
+    """Epoch, loss, fall, accuracy, speed, memory and time left of a training; empty before its first logged step."""
+    rows, log = folder / "trainlist.jsonl", (folder / "train.log").read_text("utf-8", errors="replace")
+    lines = [match.groupdict() for match in LOG_LINE.finditer(log)]
+    trained = [line for line in lines if line["tag"] == "train"]
+    if not trained:
+        return []
+    epoch, epochs, step, steps = (int(trained[-1][name]) for name in ("epoch", "epochs", "step", "steps"))
+    first, loss = (float(trained[index]["loss"]) for index in (0, -1))
+    accuracy = [f"{float(line['acc']):.1%}" for line in lines if line["tag"] == "val"]
+    pace = statistics.median(float(line["seconds"]) for line in trained[-50:])
+    audio = sum(row["speech_length"] for row in read_jsonl(rows)) / 100 if rows.is_file() else 0
+    gpu = trained[-1]["gpu"]
+    # An early stop makes it less, validation a little more.
+    left = str(timedelta(seconds=round(((epochs - epoch) * steps - step) * pace))) if running else ""
+    return [f"{epoch + 1}/{epochs}", f"{first:.3f} -> {loss:.3f}", f"{1 - loss / first:.0%}", *(accuracy or [""])[-1:],
+            f"{audio / (steps * pace):,.0f}", gpu if float(gpu) else "CPU", left]  # fmt: skip
+
+
+def error_rates(root: str) -> dict[str, str]:
+    """CER of every model that stage 4 scored: {"stage1": "real 12.3%, simulated 4.5%"}."""
+    path, found = Path(root) / "eval/summary.json", {}
+    for row in json.loads(path.read_text("utf-8")) if path.is_file() else []:
+        if row["test_set"] in ("real_test", "simulated_test"):
+            found.setdefault(row["model"], []).append(f"{row['test_set'].removesuffix('_test')} {row['cer']:.1%}")
+    return {model: ", ".join(rates) for model, rates in found.items()}
 
 
 def show(root: str) -> str:
-    """The state of every stage as a Markdown table."""
+    """The state of every stage, and how each training goes, as Markdown tables."""
     lines = [
         f"# Status of the experiment in {root}", "", f"Written {_clock()} by `make status`.", "",
-        "| stage | what | state | when | took | rows, or last step |", "|---|---|---|---|---|---|",
+        "| stage | what | state | when | took | rows, or CER on test |", "|---|---|---|---|---|---|",
     ]
+    trainings, rates = [], error_rates(root)
     for stage, what in STAGES.items():
         marker = read_marker(root, stage)
         if marker is None:
             lines.append(f"| {stage} | {what} | not run | | | |")
             continue
-        running = marker["pid"] and psutil.pid_exists(marker["pid"])
+        running = marker["state"] != "done" and bool(marker["pid"]) and psutil.pid_exists(marker["pid"])
         state = "done" if marker["state"] == "done" else "running" if running else "stopped; run it again"
-        details = ", ".join(f"{name} {count:,}" for name, count in marker.get("counts", {}).items())
+        models = ("base", "final") if stage == 4 else (f"stage{stage}",)
+        details = [f"{model}: {rates[model]}" for model in models if model in rates]
+        details = details or [f"{name} {count:,}" for name, count in marker.get("counts", {}).items()]
         # A folder that was moved aside ends in digits, its time.
         for log in Path(root).glob(f"exp/8k_telephone/stage{stage}_*[a-z]/train.log"):
-            details = last_step(log) or details
+            trainings += [f"| {stage} | {' | '.join(row)} |" for row in [training_row(log.parent, running)] if row]
         took = timedelta(seconds=round(marker["seconds"])) if "seconds" in marker else ""
-        lines.append(f"| {stage} | {what} | {state} | {marker['time']} | {took} | {details} |")
+        lines.append(f"| {stage} | {what} | {state} | {marker['time']} | {took} | {', '.join(details)} |")
+    if trainings:
+        lines += ["", "| stage | epoch | training loss, first to now | fallen (target 30 %) | accuracy on dev | audio "
+                  "seconds a second | GPU peak, GB | left, at most |", "|---|---|---|---|---|---|---|---|", *trainings]
     return "\n".join(lines) + "\n"
 
 

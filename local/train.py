@@ -21,45 +21,25 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, file_hash, run, write_json
+from nano.config import effective, read_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def build_config(args: argparse.Namespace) -> dict[str, Any]:
-    """Merge the overlays; add what the command line says. The model folder's own config goes under all of it."""
-    from omegaconf import OmegaConf
+    """The model folder's config.yaml, over it the stage's YAMLs, over all of it what the command line says."""
+    import torch
 
-    for path in [args.stage_conf, *args.overlay]:
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; give the stage's YAML", code=2)
-    layers = [OmegaConf.load(path) for path in [args.stage_conf, *args.overlay]]
-    config = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True)
-    if "model_conf" in config:
-        raise UserError(f"{args.stage_conf}: model_conf hides the model's config; put its keys at the top", code=2)
+    config = effective(read_stage([args.stage_conf, *args.overlay]), args.model_dir, args.frontend_fs)
     config |= {
-        "model": str(args.model_dir),
-        "hub": "ms",
-        "disable_update": True,
         "init_param": str(args.init_checkpoint),
         "train_data_set_list": str(args.train_list),
         "valid_data_set_list": str(args.valid_list),
         "output_dir": str(args.output_dir),
         "seed": args.seed,
     }
-    config.setdefault("frontend_conf", {})["fs"] = args.frontend_fs
-    dataset = config.setdefault("dataset_conf", {})
-    # batch_size alone sizes a batch: upstream's limit of ten utterances makes batches of short turns tiny.
-    dataset.setdefault("batch_size_sample_max", 10**6)
-    # Features are made by the workers: as many as there are cores for each process, up to what a GPU can use.
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    dataset.setdefault("num_workers", max(1, min(16, cores)))
-    import torch
-
     if not torch.cuda.is_available():
         config |= {"device": "cpu", "backend": "gloo", "ncpu": args.num_threads}
-        # CPUs have no fast bf16 path for this model.
-        config.setdefault("train_conf", {})["use_bf16"] = False
-        config.setdefault("llm_conf", {})["llm_dtype"] = "fp32"
     return config
 
 
@@ -89,17 +69,16 @@ def train(config: dict[str, Any]) -> None:
     """Hand the configuration to funasr.bin.train_ds.main with this recipe's classes in place of the stock ones."""
     import torch
     from funasr.bin import train_ds
-    from funasr.download.download_model_from_hub import download_model
 
     import nano.dataset
     import nano.frontend
     import nano.model  # noqa: F401  registers the model
     from nano.trainer import Trainer
+    from telephone.online import simulate
 
+    nano.dataset.FunASR.channel = staticmethod(simulate)
     Trainer.initial = config["init_param"]
-    llm = config.get("llm_conf", {})
-    config = download_model(is_training=True, **config)
-    Trainer.lora = dict(config["llm_conf"]["lora_conf"]) if llm.get("use_lora") else None
+    Trainer.lora = dict(config["llm_conf"]["lora_conf"]) if config["llm_conf"].get("use_lora") else None
     train_ds.Trainer = Trainer
     # The Trainer averages when it closes; upstream's function would average frozen tensors too.
     train_ds.average_checkpoints = lambda *_args, **_kwargs: None

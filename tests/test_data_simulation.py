@@ -15,18 +15,19 @@ import soundfile
 
 import audio
 from common import UserError
-from telephone import filters, noise
+from telephone import filters, noise, online
 from test_telephone import speech
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, str(ROOT / "local" / "data_simulation.py")]
 
 
-def simulate(folder, *more, manifest="in.jsonl", output="out"):
+def simulate(folder, *more, manifest="in.jsonl", output="out", **environment):
     command = [*COMMAND, "--output", f"{output}/sim.jsonl", "--output_audio_dir", f"{output}/audio"]
     command += ["--config", str(ROOT / "conf" / "telephone_channel.yaml")]
     command += ["--input", manifest] if manifest else []
-    return subprocess.run([*command, *map(str, more)], cwd=folder, capture_output=True, text=True)
+    environment = os.environ | environment
+    return subprocess.run([*command, *map(str, more)], cwd=folder, capture_output=True, text=True, env=environment)
 
 
 def rows(path):
@@ -81,6 +82,8 @@ def test_rows_keep_order_and_fields_and_name_the_audio(corpus):
 def test_workers_do_not_change_a_byte(corpus):
     assert simulate(corpus, "--num_workers", 2, output="two").returncode == 0
     assert fingerprint(corpus, "two") == fingerprint(corpus, "out")
+    assert simulate(corpus, output="thread", OPENBLAS_NUM_THREADS="1", OMP_NUM_THREADS="1").returncode == 0
+    assert fingerprint(corpus, "thread") == fingerprint(corpus, "out")
     assert simulate(corpus, "--seed", 1, output="seed1").returncode == 0
     assert fingerprint(corpus, "seed1") != fingerprint(corpus, "out")
 
@@ -157,18 +160,24 @@ def test_every_kind_of_bad_input_is_rejected_by_name(corpus):
     bad.mkdir()
     good = speech(1)
     soundfile.write(bad / "nan.wav", np.where(np.arange(good.size) == 99, np.nan, good), 16000, subtype="FLOAT")
+    soundfile.write(bad / "inf.flac.wav", np.where(np.arange(good.size) == 9, -np.inf, good), 16000, subtype="DOUBLE")
     soundfile.write(bad / "empty.wav", good[:0], 16000)
     soundfile.write(bad / "one.wav", good[:1], 16000)
     soundfile.write(bad / "zeros.wav", 0 * good, 16000)
     soundfile.write(bad / "hum.wav", 0.1 * np.sin(2 * np.pi * 20 * np.arange(16000) / 16000), 16000)
     soundfile.write(bad / "whole.flac", good, 16000)
     (bad / "cut.flac").write_bytes((bad / "whole.flac").read_bytes()[:9000])
+    whole = bytearray((corpus / "wav/0.wav").read_bytes())
+    whole[20:22] = b"\xef\xbe"  # a format tag no codec has
+    (bad / "codec.wav").write_bytes(whole)
+    (bad / "folder.wav").mkdir()
     (bad / "text.wav").write_text("this is no audio\n" * 99)
     soundfile.write(bad / "96k.wav", np.repeat(good, 6), 96000)
     soundfile.write(bad / "51.wav", np.stack([good] * 6, 1), 16000)
     wanted = {
         "nan.wav": "audio_not_finite", "empty.wav": "audio_empty", "one.wav": "too_short", "zeros.wav": "silent",
         "cut.flac": "audio_unreadable", "text.wav": "audio_unreadable", "nowhere.wav": "audio_missing",
+        "inf.flac.wav": "audio_not_finite", "codec.wav": "audio_unreadable", "folder.wav": "audio_missing",
         "96k.wav": None, "51.wav": None,
     }  # fmt: skip
     lines = [json.dumps({"key": name, "source": f"bad/{name}", "target": "x"}) for name in wanted]
@@ -261,3 +270,48 @@ def test_memory_is_flat_in_the_number_of_rows(corpus):
         command += ["--config", str(ROOT / "conf/telephone_channel.yaml")]
         peaks.append(int(subprocess.run(command, cwd=corpus, capture_output=True, text=True, check=True).stdout))
     assert peaks[1] < 1.1 * peaks[0]
+
+
+# The channel in training
+
+
+def test_online_leaves_wideband_audio_to_training_and_cuts_what_must_be(corpus):
+    audio.write(corpus / "96k.wav", np.repeat(speech(1.5), 6), 96000)
+    both = np.stack([speech(4, seed=1), speech(4, seed=2)], 1)
+    soundfile.write(corpus / "both.wav", both, 16000, subtype="FLOAT")
+    audio.write(corpus / "8k.wav", speech(1, 8000), 8000)
+    soundfile.write(corpus / "nothing.wav", np.zeros(16000), 16000)
+    given = [
+        {"key": "plain", "source": "wav/1.wav"}, {"key": "fast", "source": "96k.wav"},
+        {"key": "side", "source": "both.wav", "channel": 1, "start": 1.0, "end": 2.5},
+        {"key": "narrow", "source": "8k.wav"}, {"key": "nothing", "source": "nothing.wav"},
+    ]  # fmt: skip
+    (corpus / "online.jsonl").write_text("".join(json.dumps(row | {"target": "x"}) + "\n" for row in given))
+    done = simulate(corpus, "--online", "--max_reject_ratio", 0.5, manifest="online.jsonl", output="online")
+    assert done.returncode == 0, done.stderr
+    found = {row["key"]: row for row in rows(corpus / "online/sim.jsonl")}
+    assert list(found) == ["plain", "fast", "side"]
+    assert {row["channel"]["online"] for row in found.values()} == {str(corpus / "online/channel_sim.json")}
+    assert found["plain"]["source"] == str(corpus / "wav/1.wav")
+    assert len(list((corpus / "online/audio").rglob("*.flac"))) == 2
+    samples, fs = soundfile.read(found["side"]["source"])
+    assert fs == 16000 and np.abs(samples - both[16000:40000, 1]).max() < 2e-4
+    assert soundfile.info(found["fast"]["source"]).frames == 24000
+    reasons = {row["key"]: row["reason"] for row in rows(corpus / "online/rejected_sim.jsonl")}
+    assert reasons == {"narrow": "sampling_rate", "nothing": "silent"}
+    assert simulate(corpus, "--online", "--output_fs", 8000, output="online8").returncode == 2
+
+
+def test_training_hears_in_an_epoch_what_stage_0_writes_for_it(corpus):
+    assert simulate(corpus, "--online", "--seed", 3, output="live").returncode == 0
+    settings = str(corpus / "live/channel_sim.json")
+    for epoch in (0, 1):
+        assert simulate(corpus, "--seed", 3, "--epoch", epoch, output=f"epoch{epoch}").returncode == 0
+        lists = rows(corpus / "live/sim.jsonl"), rows(corpus / f"epoch{epoch}/sim.jsonl")
+        for live, written in zip(*lists, strict=True):
+            samples, fs = audio.read(live["source"])
+            heard = online.simulate(settings, live["key"], samples, fs, epoch)
+            assert np.array_equal(heard, audio.read(written["source"])[0])
+    assert fingerprint(corpus, "epoch0") != fingerprint(corpus, "epoch1")
+    with pytest.raises(ValueError, match="8000"):
+        online.simulate(settings, "x", samples[::2], 8000, 0)

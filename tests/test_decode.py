@@ -13,7 +13,8 @@ import soundfile
 import torch
 
 from common import UserError, read_jsonl, write_jsonl
-from decode import PartFile, Recogniser, batches, named
+from decode import PartFile, named, utterance
+from nano.inference import Recogniser, batches
 from nano.miniature import build_folder
 
 ROOT = __file__.rsplit("/tests/", 1)[0]
@@ -61,6 +62,10 @@ def decode_command(model_dir, test_set, output_dir, conf, *checkpoints):
             "--output_dir", output_dir, "--conf", conf, *(f"--checkpoint={item}" for item in checkpoints or ["base="])]
 
 
+def transcribe(recogniser, rows, *limits, **options):
+    return recogniser.transcribe([utterance(row, recogniser.fs) for row in rows], *limits, **options)
+
+
 def helper(*command):
     return subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False)
 
@@ -73,14 +78,14 @@ def test_batched_transcripts_equal_stock_funasr_one_by_one(model_dir, test_set):
     stock = AutoModel(model=str(model_dir), disable_update=True, device="cpu", ctc_decoder=None)
     expected = [stock.generate(path, max_length=40)[0]["text"] for path in paths]
     assert len(set(expected)) > len(rows) // 2  # the random model tells utterances apart, or this test shows nothing
-    assert Recogniser(model_dir, "cpu").transcribe(rows, 40, max_tokens_per_second=1e9) == expected
+    assert transcribe(Recogniser(model_dir, "cpu"), rows, 40, max_tokens_per_second=1e9) == expected
 
 
 def test_the_prompt_is_that_of_the_row(model_dir, test_set):
     row = test_set[1][1]
     other = json.loads(json.dumps(row, ensure_ascii=False).replace("语音转写：", "语音转写，不进行文本规整："))
     recogniser = Recogniser(model_dir, "cpu")
-    assert recogniser.transcribe([row]) != recogniser.transcribe([other])
+    assert transcribe(recogniser, [row]) != transcribe(recogniser, [other])
 
 
 def test_folded_and_unfolded_lora_decode_the_same_text(model_dir, test_set, tmp_path):
@@ -96,11 +101,11 @@ def test_folded_and_unfolded_lora_decode_the_same_text(model_dir, test_set, tmp_
     torch.save({"state_dict": unfolded.model.state_dict(), "lora": {"r": 4, "lora_alpha": 8}}, tmp_path / "averaged.pt")
     recogniser = Recogniser(model_dir, "cpu")
     rows = test_set[1]
-    plain = recogniser.transcribe(rows, 40)
+    plain = transcribe(recogniser, rows, 40)
     recogniser.load(tmp_path / "averaged.pt")
-    folded = recogniser.transcribe(rows, 40)
+    folded = transcribe(recogniser, rows, 40)
     recogniser.auto_model = unfolded
-    assert folded == recogniser.transcribe(rows, 40)
+    assert folded == transcribe(recogniser, rows, 40)
     assert folded != plain
 
 
@@ -114,7 +119,7 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(model_dir, tmp_path):
 
 def test_audio_of_another_rate_is_refused_not_resampled(model_dir, test_set):
     with pytest.raises(UserError, match="16000 Hz, the frontend at 8000 Hz"):
-        Recogniser(model_dir, "cpu", frontend_fs=8000).transcribe(test_set[1][:1])
+        transcribe(Recogniser(model_dir, "cpu", frontend_fs=8000), test_set[1][:1])
 
 
 def test_batches_hold_every_row_once_within_their_limits():
@@ -228,3 +233,20 @@ def test_summary_holds_the_rows_of_the_contract(tmp_path):
             ("duration", "2 to 5 seconds"), ("speaker", "s1")} <= values
     assert ("退", "腿") in [(row["reference"], row["hypothesis"]) for row in details["confusions"]]
     assert "real_test" in done.stdout and "CER %" in done.stdout
+
+
+def test_the_mix_is_chosen_on_dev_and_without_p_values(tmp_path):
+    for model, test_set, hypothesis in (
+        ("base", "real_dev", "预"), ("alpha_0.50", "real_dev", "预期了"), ("alpha_1.00", "real_dev", "逾期了吗"),
+        ("base", "wideband_dev", "逾期了吗"), ("alpha_0.50", "wideband_dev", "逾期了吗"),
+        ("alpha_1.00", "wideband_dev", "预期了吗"),
+    ):
+        rows = transcript_rows(model, test_set, [hypothesis] * 3, ["逾期了吗"] * 3)
+        write_jsonl(tmp_path / "t" / f"{model}.{test_set}.jsonl", rows)
+    for loss, alpha in (("0.1", 0.5), ("0.25", 1.0)):
+        done = helper(sys.executable, "local/score.py", "--transcripts", tmp_path / "t", "--output",
+                      tmp_path / "dev_summary.json", "--choose", tmp_path / "choice.json", "--max_wideband_loss", loss)
+        assert done.returncode == 0, done.stderr
+        assert json.loads((tmp_path / "choice.json").read_text("utf-8"))["alpha"] == alpha
+    summary = json.loads((tmp_path / "dev_summary.json").read_text("utf-8"))
+    assert all(row["p_value"] is None for row in summary)

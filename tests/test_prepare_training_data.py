@@ -78,7 +78,8 @@ def corpus(tmp_path):
     [
         ("你 好 ，世 界", "你好，世界"), ("ＡＢＣ　１２３", "ABC 123"), ("我用 App 打 电话", "我用 App 打电话"),
         ("好的,没问题!", "好的，没问题！"), ("３：３０见", "3：30见"), ("费用是1,000元", "费用是1,000元"),
-        ("Hello, world!", "Hello, world!"), ("a\u200bb\tc\r\nd", "ab c d"), ("ｶﾀｶﾅ", "カタカナ"), ("", ""),
+        ("二 〇 〇 八", "二〇〇八"), ("Hello, world!", "Hello, world!"),
+        ("a\u200bb\tc\r\nd", "ab c d"), ("ｶﾀｶﾅ", "カタカナ"), ("", ""),
     ],
 )
 def test_text_is_normalised(raw, normal):
@@ -117,6 +118,7 @@ def test_a_setting_nobody_reads_is_refused(tmp_path, change):
 
 def test_latin_letters_take_less_time_than_characters():
     assert spoken_length("你好12") == 4 and spoken_length("hello!") == pytest.approx(5 / 3) and spoken_length("") == 0
+    assert spoken_length("二〇〇八年，人々") == 7, "the round zero and the repetition mark are spoken"
 
 
 # --- filter: every reason
@@ -169,6 +171,10 @@ def test_what_leaks_from_dev_is_dropped_and_shared_text_is_not(tmp_path, corpus)
     kept, reasons = filtered(tmp_path, train, "--against", tmp_path / "dev.jsonl")
     assert [row["key"] for row in kept] == ["u1"]
     assert reasons == {"u3": "leakage", "u2": "leakage", "copy": "leakage"}, "by speaker, by path, by content"
+    for other in (tmp_path / "in.jsonl", tmp_path):
+        with pytest.raises(UserError) as caught:  # rows that were not filtered have no hash of their audio
+            filtered(tmp_path, train, "--against", other)
+        assert caught.value.code == 2
 
 
 def test_too_many_rejects_fail_and_show_why(tmp_path, corpus):
@@ -186,7 +192,12 @@ def test_too_many_rejects_fail_and_show_why(tmp_path, corpus):
     [
         (["filter"], 2), (["filter", "--input", "none.jsonl", "--output", "o.jsonl"], 2), (["nonsense"], 2),
         (["--help"], 0), (["filter", "--help"], 0), (["convert", "--help"], 0),
-        (["validate", "--input", "none.jsonl"], 2),
+        (["filter", "--input", ".", "--output", "o.jsonl", "--conf", "conf"], 2),
+        (["filter", "--input", ".", "--output", "o.jsonl", "--max_speech_percentile", "200"], 2),
+        (["sample", "--input", "data/README.md", "--output", "Makefile/x"], 1),
+        (["validate", "--input", "none.jsonl"], 2), (["convert", "--input", "none.jsonl", "--output", "o.jsonl"], 2),
+        (["convert", "--input", ".", "--output", "o.jsonl"], 2),
+        (["split", "--input", ".", "--dev", "a", "--test", "b"], 2),
         (["stats", "--data_dir", "none"], 2),
     ],
 )
@@ -302,6 +313,9 @@ def test_a_kaldi_folder_with_segments(tmp_path, monkeypatch):
     assert "end" not in entries["b"].row
     done = command("filter", "--input", tmp_path, "--output", tmp_path / "o.jsonl", "--max_reject_ratio", "1")
     assert done.returncode == 0 and [row["seconds"] for row in read_lines(tmp_path / "o.jsonl")] == [2.0, 6.0]
+    done = command("convert", "--input", tmp_path, "--output", tmp_path / "f.jsonl", "--do_upsample",
+                   "--max_reject_ratio", "1")
+    assert done.returncode == 0 and [row["speech_length"] for row in read_lines(tmp_path / "f.jsonl")] == [200, 600]
 
 
 # --- split
@@ -320,7 +334,7 @@ def test_groups_share_no_call_and_no_speaker(pairs):
 
 def test_split_gives_two_halves_of_different_people(tmp_path, corpus):
     names = [(row, f"{row['key']}-{i}") for row in corpus for i in range(20)]
-    rows = [row | {"key": name, "source": f"/x/{name}.wav"} for row, name in names]
+    rows = [row | {"key": name, "source": f"/x/{name}.wav", "audio_hash": name} for row, name in names]
     source, dev, test = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "dev.jsonl", tmp_path / "test.jsonl"
     main(["split", "--input", str(source), "--dev", str(dev), "--test", str(test)])
     first, second = read_lines(dev), read_lines(test)
@@ -390,6 +404,13 @@ def test_stereo_calls_segments_and_rates_become_16_khz_mono(tmp_path):
 
     expected = resample(left[48000:120240], 48000, 16000)
     assert np.abs(audio.read(path_of(rows[0]))[0] - expected).max() < 2**-14
+
+
+@pytest.mark.parametrize("suffix", ["flac", "wav"])
+def test_audio_is_written_as_flac_or_wav(tmp_path, corpus, suffix):
+    rows = converted(tmp_path, corpus[:1], "--do_upsample", "--audio_format", suffix)
+    assert path_of(rows[0]) == str(tmp_path / f"out/audio/train/u0.{suffix}")
+    assert soundfile.info(path_of(rows[0])).format == suffix.upper()
 
 
 def test_low_rates_need_do_upsample(tmp_path, corpus):
@@ -493,7 +514,9 @@ def test_the_report_adds_up_and_says_when_it_does_not(tmp_path, corpus):
     words = ["stats", "--data_dir", str(tmp_path / "data"), "--source", f"real_8k_telephone/train={source}"]
     main(words)
     report = (tmp_path / "data/STAGE0_COMPLETION_REPORT.md").read_text()
-    assert "| real_8k_telephone/train | 7 | 6 | 1 | 14.3% | 0.00 | 7 |" in report and "| bad_json | 1 |" in report
+    assert "| real_8k_telephone/train | 7 | 6 | 1 | 14.3% | 0.00 | 7 | 6 | 0 |" in report
+    assert "| bad_json | 1 |" in report
+    assert f"| {output} | {data}/rejected_train.jsonl |" in report
     assert (tmp_path / "data/stage0_histograms.png").stat().st_size > 10_000
     write_lines(source, [*corpus, "no json", "one more"])
     with pytest.raises(UserError, match="has 8 rows"):
@@ -536,6 +559,54 @@ def test_a_worker_killed_by_the_system_is_a_clear_error_and_work_is_kept(tmp_pat
     _, log = process.communicate(timeout=60)
     assert process.returncode == 1 and "killed by the system" in log, log
     assert list((tmp_path / "out/audio").rglob("*.flac")) and not (tmp_path / "out/train_formatted.jsonl").exists()
+
+
+def test_a_full_disk_is_one_line_and_finished_work_is_kept(tmp_path, corpus):
+    source, disk = write_lines(tmp_path / "in.jsonl", many(corpus, 80)), tmp_path / "disk"
+    disk.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], check=False).returncode:
+        pytest.skip("may not mount a small disk here")
+    try:
+        process = start_convert(disk, source, "--num_workers", 2)
+        _, log = process.communicate(timeout=120)
+        assert process.returncode == 1 and "error: No space left" in log and "Traceback" not in log, log
+        written = {path: path.stat().st_mtime_ns for path in disk.rglob("*.flac")}
+        assert written and all(soundfile.info(path).frames == 32000 for path in written)
+        subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
+        assert start_convert(disk, source, "--num_workers", 2).wait() == 0
+        assert len(read_lines(disk / "train_formatted.jsonl")) == 80
+        assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.full
+def test_data_prep_takes_ten_of_each_corpus_and_says_what_the_whole_would_take(tmp_path):
+    from nano.miniature import build_folder
+
+    home = tmp_path / "it's my $(data)"
+    home.mkdir()
+    for name, rate in (("raw_16k", 16000), ("real_8k", 8000)):
+        for split in ("train", "dev"):
+            rows = []
+            for i in range(15):
+                key = f"{name}-{split}-{i}"
+                soundfile.write(home / f"{key}.wav", speech(1.0, rate, len(rows) + 99 * len(name + split)), rate)
+                rows.append({"key": key, "source": f"{key}.wav", "target": "你好世界", "speaker": key})
+            write_lines(home / f"{name}_{split}.jsonl", [*rows, "no json", rows[0] | {"key": "x", "target": "[noise]"}])
+    build_folder(home / "base", "你好世界")
+    (home / "exp/model").mkdir(parents=True)
+    (home / "exp/model/model_dir.txt").write_text(f"{home / 'base'}\n")
+    sets = [f"{name}_{split}" for name in ("raw_16k", "real_8k") for split in ("train", "dev")]
+    options = [f"--{name}={home / name}.jsonl" for name in sets]
+    line = ["bash", ROOT / "test_data_prep.sh", "--exp_output", home / "exp", "--python", sys.executable, *options]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr + done.stdout
+    assert f"simulated_8k_telephone/train={home}/raw_16k_train.jsonl: about 17 utterances, 0.0 hours" in done.stdout
+    assert "core-hours of simulation" in done.stdout and done.stdout.count(": about 17 utterances") == 4
+    report = (home / "exp/test_data_prep/data/STAGE0_COMPLETION_REPORT.md").read_text()
+    assert "| real_8k_telephone/train | 10 |" in report and "| simulated_8k_telephone/train | 10 |" in report
+    assert sorted(path.name for path in (home / "exp").iterdir() if path.name[0] != ".") == ["model", "test_data_prep"]
 
 
 @pytest.mark.full

@@ -5,6 +5,7 @@ interpreter: it runs stage_status.py for real, and in place of any other helper 
 that the helper would. The helpers have tests of their own, and the demo runs them all.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -46,14 +47,15 @@ if name == "download_model.py":
 elif name == "train.py":
     for file in ("averaged.pt", "run.json", "model.pt.ep1"):
         write(option("--output_dir") / file, " ".join(args))
-elif name == "export_model.py":
+elif name == "final_model.py" and "export" in args:
     for file in ("model.pt", "config.yaml"):
         write(option("--output") / file)
 elif name == "report.py":
     for file in ("index.html", "report.md"):
         write(option("--output") / file)
-elif "choose" in args:
-    write(option("--output"), json.dumps({{"alpha": 0.75}}))
+elif "--choose" in args:
+    write(option("--output"))
+    write(option("--choose"), json.dumps({{"alpha": 0.75}}))
 elif "stats" in args:
     write(option("--data_dir") / "STAGE0_COMPLETION_REPORT.md")
 elif name == "decode.py":
@@ -145,6 +147,8 @@ def test_usage_lists_every_option_with_its_comment(repository, arguments):
         (["1", "--force", "yes"], "--force 'yes': expected true false"),
         (["1", "--text_style", "sung"], "--text_style 'sung': expected written spoken"),
         (["1", "--frontend_fs", "44100"], "--frontend_fs '44100': expected 16000 8000"),
+        (["1", "--online_channel", "yes"], "--online_channel 'yes': expected 0 1"),
+        (["0", "--online_channel", "1", "--frontend_fs", "8000"], "--online_channel 1 needs --frontend_fs 16000"),
         (["4", "--alphas", "0.5 2"], "--alphas '0.5 2'"),
         (["1", "--exp_output", ""], "--exp_output is empty"),
         (["1", "--config", "nowhere.conf"], "--config nowhere.conf does not exist"),
@@ -235,7 +239,7 @@ def test_the_whole_recipe_runs_its_helpers_and_a_second_time_nothing(recipe):
     assert done.returncode == 0, done.stderr
     names = [call[0] for call in recipe.calls()]
     assert names[0] == "download_model.py"
-    assert names.count("train.py") == 3 and names[-2:] == ["export_model.py", "report.py"]
+    assert names.count("train.py") == 3 and names[-2:] == ["final_model.py", "report.py"]
     for stage in range(-1, 6):
         assert f"stage {stage}: log in " in done.stdout and f"stage {stage}: took " in done.stdout
         assert json.loads((recipe.exp / f"status/stage{stage}.json").read_text())["state"] == "done"
@@ -256,6 +260,9 @@ def test_each_training_starts_from_the_one_before(recipe, tmp_path):
         str(exp / "stage2_adapter_align/averaged.pt"),
     ]
     assert "output of train.py" in (exp / "stage3_lora_domain/train.log").read_text()
+    names = [call[1] if call[0] == "prepare_training_data.py" else call[0] for call in recipe.calls()]
+    steps = [name for name in names if name in ("validate", "train.py")]
+    assert steps == ["validate"] + ["validate", "train.py"] * 3, "after stage 0, and before every training"
 
 
 def test_a_checkpoint_of_the_users_replaces_the_first_parent_only(recipe, tmp_path):
@@ -301,6 +308,25 @@ def test_the_chosen_weight_makes_the_final_model_and_test_is_decoded_once(recipe
     assert sets == ["simulated_test", "real_test", "wideband_test", "no_speech"]
 
 
+def test_the_sampling_rate_goes_from_stage_0_to_export_and_no_stage_after_the_first_may_have_another(recipe):
+    assert recipe(-1, 5, frontend_fs=8000).returncode == 0
+    given = {}
+    for call in recipe.calls():
+        for flag in {"--output_fs", "--fs", "--frontend_fs"} & set(call):
+            name = call[1] if call[0] == "prepare_training_data.py" else call[0]
+            given.setdefault(name, set()).add(options_of(call)[flag])
+    hearing = {"data_simulation.py", "convert", "validate", "check_training.py", "train.py", "decode.py"}
+    assert hearing < given.keys() and set().union(*given.values()) == {"8000"}
+    recipe.forget_calls()
+    for stage in (2, 3, 4, 5):
+        refused = recipe(stage, force="true")
+        assert refused.returncode == 2
+        assert "FRONTEND_FS is 16000, but stage 1 trained at 8000 Hz" in refused.stderr
+        assert refused.stderr.count("\n") == 1
+    assert recipe.calls() == []
+    assert recipe(1).returncode == 1  # a choice of stage 1, but its data and work are of the other
+
+
 # --- failure, change, force
 
 
@@ -344,13 +370,12 @@ def test_options_that_do_not_change_the_result_do_not_redo_it(recipe):
 def test_a_second_run_in_the_same_folder_is_refused(recipe):
     recipe.exp.mkdir()
     with open(recipe.exp / ".lock0", "w") as lock:
-        holder = subprocess.Popen(["flock", str(lock.fileno()), "sleep", "60"], pass_fds=[lock.fileno()])
-        subprocess.run(["flock", str(lock.fileno())], pass_fds=[lock.fileno()], check=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
         done = recipe(-1)
-        holder.terminate()
-        holder.wait()
     assert done.returncode == 1
     assert "another run" in done.stderr and done.stderr.count("\n") == 1
+    assert recipe.calls() == []
+    assert recipe(-1).returncode == 0, "when the other run has ended"
 
 
 # --- the real helpers
@@ -376,3 +401,13 @@ def test_no_space_left_is_one_line_and_leaves_nothing_half_written(recipe, tmp_p
         assert [path.name for path in disk.rglob("*") if path.is_file() and path.stat().st_size] == ["filler"]
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_with_online_channel_no_simulated_training_audio_is_written(recipe):
+    for value, wanted in ((0, [False] * 4), (1, [True, False, False, False])):
+        recipe.forget_calls()
+        done = recipe("-1", "0", online_channel=value, exp_output=recipe.exp / str(value))
+        assert done.returncode == 0, done.stderr
+        simulated = [call for call in recipe.calls() if call[0] == "data_simulation.py"]
+        assert ["--online" in call for call in simulated] == wanted
+        assert "simulated_train.jsonl" in options_of(simulated[0])["--output"]

@@ -82,6 +82,18 @@ def test_force_redoes_what_is_up_to_date(experiment):
     assert check(experiment, force=True)[0] == stage_status.MUST_REDO
 
 
+@pytest.mark.parametrize("stage", [2, 5])
+def test_the_sampling_rate_is_that_of_stage_1(tmp_path, stage):
+    narrow, wide = (facts(tmp_path, f"FRONTEND_FS={rate}") for rate in (8000, 16000))
+    assert stage_status.check(str(tmp_path), stage, wide)[0] == stage_status.MUST_RUN  # weights from elsewhere
+    stage_status.start(str(tmp_path), 1, narrow, pid=0)
+    assert stage_status.check(str(tmp_path), stage, narrow)[0] == stage_status.MUST_RUN
+    assert stage_status.check(str(tmp_path), 0, wide)[0] == stage_status.MUST_RUN
+    with pytest.raises(UserError, match="--frontend_fs 8000") as refused:
+        stage_status.check(str(tmp_path), stage, wide, force=True)
+    assert refused.value.code == 2
+
+
 def test_a_killed_stage_goes_on_but_not_with_other_options(experiment):
     stage_status.start(str(experiment), 1, facts(experiment), pid=0)
     assert check(experiment)[0] == stage_status.MUST_RUN
@@ -153,28 +165,80 @@ def test_a_damaged_marker_is_told_not_traced(experiment):
     assert "stage1.json is damaged" in shown.stderr and "Traceback" not in shown.stderr
 
 
-def test_status_shows_stages_and_the_last_step_of_a_training(experiment):
-    log = experiment / "exp/8k_telephone/stage1_encoder_adapt/train.log"
-    log.parent.mkdir(parents=True)
-    line = (
-        "[2026-01-05 10:00:00,000][root][INFO] - {tag}, rank: 0, epoch: {epoch}/10, data_slice: 0/1, "
-        "step_in_slice: {step}/80, step_in_epoch: {step}, total step: 99, (loss_avg_rank: 1.2), "
-        "(loss_avg_slice: {loss}), (ppl_avg_slice: 1.0e+00), (acc_avg_slice: 0.9), (lr: 1.000e-04), [], {{}}, GPU\n"
+LINE = (
+    "10:00:00 (trainer_ds.py:953) INFO: {tag}, rank: {rank}, epoch: {epoch}/10, data_slice: 0/1, "
+    "step_in_slice: {step}/80, step_in_epoch: {step}, total step: 99, (loss_avg_rank: 9.200), "
+    "(loss_avg_slice: {loss}), (ppl_avg_slice: 1.000e+00), (acc_avg_slice: {acc}), (lr: 1.000e-04), "
+    "[('loss_llm', 1.088), ('acc', 0.637)], {{'data_load': '0.001', 'total_time': '{seconds}'}}, GPU, memory: "
+    "usage: 0.000 GB, peak: {gpu} GB, cache: 0.000 GB, cache_peak: 0.000 GB\n"
+)
+
+
+def log_line(tag="train", rank=0, epoch=0, step=20, loss=2.5, acc=0.5, seconds=0.5, gpu=0.0):
+    return LINE.format(**locals())
+
+
+@pytest.fixture
+def training(experiment):
+    """Stage 2 in its second epoch, 400 s of audio in an epoch of 80 steps of half a second."""
+    folder = experiment / "exp/8k_telephone/stage2_adapter_align"
+    folder.mkdir(parents=True)
+    (folder / "train.log").write_text(
+        log_line(step=20, loss=2.5) + log_line(step=20, loss=7.5, rank=1) + log_line(step=80, loss=2.0, seconds=0.4)
+        + log_line("val", epoch=1, step=4, loss=1.75, acc=0.875, seconds=9) + log_line(epoch=1, step=40, loss=1.5)
     )
-    log.write_text(
-        line.format(tag="train", epoch=1, step=20, loss=2.5)
-        + line.format(tag="val", epoch=1, step=4, loss=2.25)
-        + line.format(tag="train", epoch=2, step=40, loss=1.125)
-    )
+    (folder / "trainlist.jsonl").write_text('{"speech_length": 30000}\n{"speech_length": 10000}\n')
+    stage_status.start(str(experiment), 2, facts(experiment), pid=os.getpid())
+    return folder
+
+
+def tables(root):
+    shown = command("show", "--output_root", root)
+    assert shown.returncode == 0, shown.stderr
+    assert (root / "README_EXPERIMENT_STATUS.md").read_text(encoding="utf-8") == shown.stdout
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.stdout.splitlines() if line[:1] == "|"]
+    half = [index for index, row in enumerate(rows) if row[0] == "stage"][1:]
+    states, trainings = (rows[: half[0]], rows[half[0] + 2 :]) if half else (rows, [])
+    return {row[0]: row for row in states}, {row[0]: row for row in trainings}
+
+
+def test_status_shows_the_state_of_every_stage(experiment):
     stage_status.start(str(experiment), 2, facts(experiment), pid=os.getpid())
     stage_status.start(str(experiment), 3, facts(experiment), pid=0)
-    shown = command("show", "--output_root", experiment)
-    assert shown.returncode == 0
-    rows = {line.split("|")[1].strip(): line for line in shown.stdout.splitlines() if line.startswith("|")}
-    assert "done" in rows["1"]
-    assert "train epoch 2/10 step 40/80 loss 1.125" in rows["1"] and "val epoch 1/10 step 4/80 loss 2.25" in rows["1"]
-    assert "running" in rows["2"] and "stopped" in rows["3"] and "not run" in rows["0"]
-    assert (experiment / "README_EXPERIMENT_STATUS.md").read_text(encoding="utf-8") == shown.stdout
+    states, trainings = tables(experiment)
+    assert [states[stage][2] for stage in "0123"] == ["not run", "done", "running", "stopped; run it again"]
+    assert states["1"][5] == "train 2"
+    assert not trainings
+
+
+def test_status_shows_how_a_training_goes(training, experiment):
+    _states, trainings = tables(experiment)
+    # 8 epochs of 80 steps and half of this one, at half a second each
+    assert trainings["2"] == ["2", "2/10", "2.500 -> 1.500", "40%", "87.5%", "10", "CPU", "0:05:40"]
+
+
+def test_a_log_cut_off_in_a_line_or_without_a_step_is_no_trouble(training, experiment):
+    log = training / "train.log"
+    text = log.read_text()
+    log.write_text(text + log_line(epoch=1, step=60, loss=0.1, gpu=71.5)[:-80])
+    assert tables(experiment)[1]["2"][2] == "2.500 -> 1.500"
+    log.write_text(text + log_line(epoch=1, step=60, loss=1.25, gpu=71.5))
+    assert tables(experiment)[1]["2"][2:7] == ["2.500 -> 1.250", "50%", "87.5%", "10", "71.5"]
+    log.write_text("no step yet\n")
+    assert not tables(experiment)[1]
+
+
+def test_status_shows_the_error_rates_where_they_were_scored(training, experiment):
+    rows = [{"model": model, "test_set": test_set, "cer": cer} for model, test_set, cer in (
+        ("base", "real_test", 0.5), ("stage1", "simulated_test", 0.123), ("stage1", "real_test", 0.4),
+        ("stage1", "wideband_test", 0.1), ("stage1", "no_speech", None), ("final", "real_test", 0.3),
+    )]  # fmt: skip
+    (experiment / "eval").mkdir()
+    (experiment / "eval/summary.json").write_text(json.dumps(rows))
+    stage_status.start(str(experiment), 4, facts(experiment), pid=0)
+    states, _trainings = tables(experiment)
+    assert states["1"][5] == "stage1: simulated 12.3%, real 40.0%"
+    assert states["4"][5] == "base: real 50.0%, final: real 30.0%"
 
 
 def test_status_of_nothing_says_how_to_begin(tmp_path):

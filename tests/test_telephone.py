@@ -297,6 +297,31 @@ def test_idle_noise_of_an_alaw_line():
         assert noise.rms_level(call) + noise.DBM0 == pytest.approx(-66, abs=3)
 
 
+@given(st.integers(0, 2**32), st.floats(-60, -45), st.sampled_from(["white", "pink"]))
+@settings(max_examples=15, deadline=None)
+def test_a_line_has_the_noise_floor_drawn(seed, dbm0, kind):
+    plan = draw(CLEAN, seed, "x") | {"line": {"noise": kind, "noise_dbm0": dbm0}}
+    call = apply(plan, np.zeros(16000 * 4, np.float32), 16000, 8000)
+    assert noise.rms_level(call) + noise.DBM0 == pytest.approx(dbm0, abs=1)
+
+
+def test_calls_lose_as_many_packets_as_the_presets_say():
+    config = load_config(CONF, preset="bad-line", codec_type="a-law", no_noise=True)
+    silence, seen = np.zeros(8000 * 20, np.float32), {}
+    for i in range(300):
+        plan = draw(config, 4, f"k{i}")
+        apply(plan, silence, 8000, 8000)
+        counts = seen.setdefault(plan["packet_loss"]["percent"], [0, 0, 0])
+        for place, value in enumerate((1, plan["measured"]["packets"], plan["measured"]["packets_lost"])):
+            counts[place] += value
+    shares = config["packet_loss"]["preset"]
+    for preset, share in shares.items():
+        if share:
+            calls, packets, lost = seen[float(preset.split("/")[0])]
+            assert calls / 300 == pytest.approx(share, abs=0.08)
+            assert 100 * lost / packets == pytest.approx(float(preset.split("/")[0]), rel=0.15)
+
+
 @given(st.text(min_size=1), st.floats(0, 30), st.sampled_from(["white", "pink"]))
 @settings(max_examples=15, deadline=None)
 def test_noise_has_the_drawn_snr_and_speech_the_drawn_level(key, snr_db, kind):
@@ -463,6 +488,18 @@ def test_clean_pcma_is_the_plain_band_and_a_law():
         ("gsm_fr: 0.1, g722", "g729: 0.1, g722"),
         ("  rt60_s: [0.2, 0.6]", "  rt60_s: long"),
         ("noise:  ", "noise: [ "),
+        ("{mean: -26, std: 5,", "{mean: -26, std: 5, mode: -20,"),
+        ("{mean: -26, std: 5,", "{mean: -26, std: -5,"),
+        ("{mean: -26, std: 5,", "{mean: -50, std: 5,"),
+        ("probability: 0.65", "probability: .nan"),
+        ("probability: 0.65", "probability: often"),
+        ("  low_hz: [150, 350]", "  low_hz: [150, 250, 350]"),
+        ("  low_hz: [150, 350]", "  low_hz: [-150, 350]"),
+        ("  low_hz: [150, 350]", "  low_hz: [.nan, 350]"),
+        ("{white: 0.5, pink: 0.5}", "{white: 1.5, pink: -0.5}"),
+        ("{white: 0.5, pink: 0.5}", "{}"),
+        ("  echo_loss_db: [20, 50]", "  # no echo_loss_db"),
+        ("  hum_probability: 0.05", "  hum_probability: 0.05\n  hiss: 1"),
     ],
 )
 def test_an_impossible_config_is_one_clear_line(change, said, tmp_path):
@@ -473,6 +510,15 @@ def test_an_impossible_config_is_one_clear_line(change, said, tmp_path):
     with pytest.raises(UserError) as error:
         load_config(path)
     assert error.value.code == 2 and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "noise", "noise: 3", "\t", "presets: {x: 1}"])
+def test_a_file_that_holds_no_distributions_is_one_clear_line(text, tmp_path):
+    (tmp_path / "channel.yaml").write_text(text)
+    for path in (tmp_path / "channel.yaml", tmp_path / "nowhere.yaml", tmp_path):
+        with pytest.raises(UserError) as error:
+            load_config(path)
+        assert error.value.code == 2 and str(path) in str(error.value)
 
 
 @pytest.mark.parametrize(

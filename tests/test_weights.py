@@ -1,6 +1,5 @@
 """Folding LoRA and interpolating change what they should, nothing else, and never leave half a file."""
 
-import json
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import torch
 
 from common import UserError
 from nano import weights
+from score import choose_alpha
 
 ROOT = __file__.rsplit("/tests/", 1)[0]
 
@@ -75,27 +75,30 @@ def test_models_that_do_not_belong_together_are_refused():
         weights.interpolate({"a": torch.ones(1)}, {"a": torch.ones(2)}, 0.5)
 
 
-def interpolate(*arguments):
-    command = [sys.executable, "local/interpolate.py", *map(str, arguments)]
+def mix(*arguments):
+    command = [sys.executable, "local/final_model.py", "mix", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_fold_and_mix_on_the_command_line(tmp_path):
+def test_mixing_on_the_command_line_folds_lora_and_is_exact_at_both_ends(tmp_path):
     base = {name: t for name, t in make_lora_state().items() if "lora" not in name}
     torch.save(base, tmp_path / "model.pt")
     torch.save({"state_dict": make_lora_state(), "lora": {"r": 4, "lora_alpha": 8}}, tmp_path / "averaged.pt")
-    folded, mixed = tmp_path / "folded.pt", tmp_path / "alpha.pt"
-    assert interpolate("fold", "--checkpoint", tmp_path / "averaged.pt", "--output", folded).returncode == 0
-    done = interpolate("mix", "--base", tmp_path / "model.pt", "--adapted", folded, "--alpha", 0, "--output", mixed)
-    assert done.returncode == 0, done.stderr
-    assert weights.load(mixed)[0]["llm.q_proj.weight"].equal(base["llm.q_proj.weight"].float())
+    ends = base, weights.load_folded(tmp_path / "averaged.pt")
+    for alpha, expected in enumerate(ends):
+        done = mix("--base", tmp_path / "model.pt", "--adapted", tmp_path / "averaged.pt", "--alpha", alpha,
+                   "--output", tmp_path / "mixed.pt")
+        assert done.returncode == 0, done.stderr
+        state, lora = weights.load(tmp_path / "mixed.pt")
+        assert lora is None and all(state[name].equal(expected[name].to(state[name].dtype)) for name in expected)
+    assert mix("--base", "a", "--adapted", "b", "--alpha", 1.5, "--output", tmp_path / "c.pt").returncode == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])
 def test_a_broken_checkpoint_is_one_line_and_leaves_nothing(tmp_path, content):
     if content is not None:
         (tmp_path / "x.pt").write_bytes(content)
-    done = interpolate("fold", "--checkpoint", tmp_path / "x.pt", "--output", tmp_path / "y.pt")
+    done = mix("--base", tmp_path / "x.pt", "--adapted", tmp_path / "x.pt", "--alpha", 1, "--output", tmp_path / "y.pt")
     assert done.returncode in (1, 2)
     assert done.stderr.count("\n") == 1 and "x.pt" in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "y.pt").exists()
@@ -106,29 +109,22 @@ def score_row(model, test_set, errors, characters=1000):
             "insertions": 0}
 
 
-def choose(tmp_path, rows, *options):
-    (tmp_path / "dev.json").write_text(json.dumps(rows), "utf-8")
-    done = interpolate("choose", "--summary", tmp_path / "dev.json", "--output", tmp_path / "choice.json", *options)
-    assert done.returncode == 0, done.stderr
-    return json.loads((tmp_path / "choice.json").read_text("utf-8"))
-
-
-def test_the_best_telephone_model_within_the_wideband_budget_is_chosen(tmp_path):
+def test_the_best_telephone_model_within_the_wideband_budget_is_chosen():
     rows = [score_row("base", "wideband_dev", 50)]
     for alpha, simulated, real, wideband in (("0.25", 300, 30, 52), ("0.50", 200, 20, 58), ("1.00", 100, 10, 90)):
         rows += [score_row(f"alpha_{alpha}", "simulated_dev", simulated),
                  score_row(f"alpha_{alpha}", "real_dev", real, characters=100),
                  score_row(f"alpha_{alpha}", "wideband_dev", wideband)]
-    assert choose(tmp_path, rows)["alpha"] == 0.5
-    choice = choose(tmp_path, rows, "--max_wideband_loss", "0.05")
+    assert choose_alpha(rows, 0.01)["alpha"] == 0.5
+    choice = choose_alpha(rows, 0.05)
     assert choice["alpha"] == 1.0
     assert [point["alpha"] for point in choice["curve"]] == [0.25, 0.5, 1.0]
     assert choice["curve"][0]["telephone_cer"] == pytest.approx(330 / 1100)  # pooled by characters, not averaged
-    choice = choose(tmp_path, rows, "--max_wideband_loss", "0.001")
+    choice = choose_alpha(rows, 0.001)
     assert choice["alpha"] == 0.25 and "loses least" in choice["reason"]
 
 
-def test_without_wideband_dev_the_telephone_decides_and_it_is_said(tmp_path):
+def test_without_wideband_dev_the_telephone_decides_and_it_is_said():
     rows = [score_row("alpha_0.50", "real_dev", 20), score_row("alpha_1.00", "real_dev", 10)]
-    choice = choose(tmp_path, rows)
+    choice = choose_alpha(rows, 0.01)
     assert choice["alpha"] == 1.0 and "not scored" in choice["reason"]

@@ -6,13 +6,17 @@ Set as `funasr.bin.train_ds.Trainer` by local/train.py. What differs from funasr
     three times in place, and a torn model.pt is a traceback at every later start;
   * a checkpoint inside an epoch counts its steps from the epoch's start, so a second resume repeats no data;
   * dataset_conf.batch_size is made to fit the GPU's memory;
-  * the average of the best checkpoints takes frozen tensors from the initial checkpoint: averaging rounds them.
+  * the dataset is told the epoch before its workers start: a channel drawn online depends on it;
+  * early stopping counts on after a resume, from what the checkpoint says; upstream starts anew;
+  * the average of the best checkpoints takes frozen tensors from the initial checkpoint: averaging rounds them;
+  * it counts how often each row was used in an epoch, and run.json says so ("rows_used").
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -20,8 +24,9 @@ from typing import Any
 import torch
 from funasr.train_utils import trainer_ds as stock
 
+from common import write_json
 from nano.batch_size import fit, token_sampler
-from nano.weights import save_atomically
+from nano.weights import digest, save_atomically
 
 
 class Trainer(stock.Trainer):
@@ -34,6 +39,13 @@ class Trainer(stock.Trainer):
         super().__init__(**kwargs)
         self.trainable: set[str] = set()
         self.batch_tokens: int | None = None
+        self.patience = kwargs.get("early_stopping_patience", 0)
+        self.best_val_loss, self.epochs_no_improve, self.idle = float("inf"), 0, False
+        # Gradients of an accumulation that is not over are in no checkpoint.
+        self.save_checkpoint_interval = math.ceil(self.save_checkpoint_interval / self.accum_grad) * self.accum_grad
+        # How often each row of the list was used in the running epoch, over all processes, and past epochs' sums.
+        self.row_uses = torch.zeros(0, dtype=torch.int32)
+        self.rows_used: dict[str, dict[str, int]] = {}
 
     @property
     def device(self) -> Any:
@@ -46,29 +58,96 @@ class Trainer(stock.Trainer):
 
     def warp_model(self, model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
         """Note what is trained, write it beside run.json, then wrap the model for its device and processes."""
+        kwargs["train_conf"]["early_stopping_patience"] = 0  # or main() stops too, counting from the last resume
         self.trainable = trainable_names(model)
         if self.rank == 0:
             write_parameters(model, Path(self.output_dir) / "parameters.json")
+            state = model.state_dict()
+            start = {name: digest(state[name]) for name in sorted(self.trainable)}
+            write_json(Path(self.output_dir) / "start.json", start)
         if self.use_ddp and not torch.cuda.is_available():
             return torch.nn.parallel.DistributedDataParallel(model)
         return super().warp_model(model, **kwargs)
 
-    def train_epoch(self, model=None, optim=None, dataloader_train=None, **kwargs: Any) -> None:
-        """Train one epoch in batches that fit the GPU."""
+    def resume_checkpoint(self, **kwargs: Any) -> None:
+        """Go on from model.pt, early stopping and rows used too; remove what a kill in the middle of a save left."""
+        folder = Path(self.output_dir)
+        if self.rank == 0:
+            for torn in folder.glob(".*.tmp"):
+                torn.unlink()
+        super().resume_checkpoint(**kwargs)
+        if self.resume and not self.use_deepspeed and (folder / "model.pt").is_file():
+            saved = torch.load(folder / "model.pt", map_location="cpu", mmap=True)
+            self.best_val_loss, self.epochs_no_improve = saved["best_val_loss"], saved["epochs_no_improve"]
+            self.rows_used, self.row_uses = saved["rows_used"], saved["row_uses"].clone()
+            if self.rank > 0:  # the saved ones are of all processes
+                self.row_uses.zero_()
+
+    def train_epoch(self, model=None, optim=None, dataloader_train=None, epoch=None, **kwargs: Any) -> None:
+        """Train one epoch, or nothing where early stopping has ended the training: main() cannot be told.
+
+        Enters in run.json how often the epoch's rows were used.
+        """
+        self.idle = 0 < self.patience <= self.epochs_no_improve
+        if self.idle:
+            return
+        dataloader_train.dataset.epoch = epoch
+        if not kwargs.get("start_step"):
+            self.row_uses = torch.zeros(len(dataloader_train.dataset), dtype=torch.int32)
         if self.batch_tokens is None:
             self.batch_tokens = fit(self, model, optim, dataloader_train)
         else:
             token_sampler(dataloader_train).batch_size = self.batch_tokens
-        super().train_epoch(model=model, optim=optim, dataloader_train=dataloader_train, **kwargs)
+        super().train_epoch(model=model, optim=optim, dataloader_train=dataloader_train, epoch=epoch, **kwargs)
+        uses = self._uses_of_all_processes()
+        self.rows_used[str(epoch + 1)] = {
+            "rows": len(uses), "missed": int((uses == 0).sum()), "repeated": int((uses - 1).clamp(min=0).sum()),
+        }
+        self._describe_rows()
+
+    def validate_epoch(self, **kwargs: Any) -> None:
+        """Validate; after an epoch, count those without a better loss."""
+        if self.idle:
+            return
+        super().validate_epoch(**kwargs)
+        if kwargs.get("step_in_epoch") is None:
+            self.epochs_no_improve += 1
+            if self.val_loss_avg < self.best_val_loss:
+                self.best_val_loss, self.epochs_no_improve = self.val_loss_avg, 0
+            if self.patience:
+                logging.info("no better loss for %d of %d epochs", self.epochs_no_improve, self.patience)
+
+    def forward_step(self, model, batch, loss_dict=None) -> None:
+        """One batch forward; in training, note its rows."""
+        super().forward_step(model, batch, loss_dict)
+        if torch.is_grad_enabled():
+            rows = torch.tensor([item["row"] for item in batch["item"]])
+            self.row_uses.index_add_(0, rows, torch.ones(len(rows), dtype=torch.int32))
+
+    def _describe_rows(self) -> None:
+        if self.rank == 0:
+            path = Path(self.output_dir) / "run.json"
+            described = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            write_json(path, described | {"rows_used": self.rows_used})
+
+    def _uses_of_all_processes(self) -> torch.Tensor:
+        if not stock.dist.is_initialized():
+            return self.row_uses
+        total = self.row_uses.clone().to(self.device)
+        stock.dist.all_reduce(total)
+        return total.cpu()
 
     def save_checkpoint(
         self, epoch: int, step: int | None = None, model=None, optim=None, scheduler=None, scaler=None,
         step_in_epoch: int | None = None, **kwargs: Any,
     ) -> None:
         """Save everything a resume needs as model.pt.ep<epoch>[.<step>] and model.pt; drop the worst beyond n-best."""
+        if self.idle:
+            return
         if self.use_deepspeed or self.use_fsdp:
             super().save_checkpoint(epoch, step, model, optim, scheduler, scaler, step_in_epoch, **kwargs)
             return
+        row_uses = self._uses_of_all_processes()
         if self.rank == 0:
             inside = step is not None
             name = f"model.pt.ep{epoch}.{step_in_epoch}" if inside else f"model.pt.ep{epoch}"
@@ -84,16 +163,19 @@ class Trainer(stock.Trainer):
                 "data_split_num": kwargs.get("data_split_num", 1),
                 "train_loss_avg": kwargs.get("train_loss_avg", 0.0),
                 "train_acc_avg": kwargs.get("train_acc_avg", 0.0),
+                "row_uses": row_uses, "rows_used": self.rows_used,
                 **{field: getattr(self, field) for field in (
                     "saved_ckpts", "val_acc_step_or_epoch", "val_loss_step_or_epoch",
                     "best_step_or_epoch", "avg_keep_nbest_models_type", "batch_total",
+                    "best_val_loss", "epochs_no_improve",
                 )},
             }
             if scaler:
                 state["scaler_state"] = scaler.state_dict()
             folder = Path(self.output_dir)
             save_atomically(state, folder / name)
-            for link in ["model.pt"] + ["model.pt.best"] * (self.best_step_or_epoch == name):
+            # model.pt last: a resume goes by it.
+            for link in ["model.pt.best"] * (self.best_step_or_epoch == name) + ["model.pt"]:
                 link_atomically(folder / name, folder / link)
             for old in discard:
                 (folder / old).unlink(missing_ok=True)
@@ -126,13 +208,14 @@ class Trainer(stock.Trainer):
             state = average([folder / name for name in best], self.trainable, Path(self.initial))
             save_atomically({"state_dict": state, "lora": self.lora, "averaged": best}, folder / "averaged.pt")
             logging.info("averaged.pt is the mean of %s", ", ".join(best))
+        self._describe_rows()  # train.py writes run.json anew; of a resumed run the last epoch may be all done
         super().close(writer)
 
 
 def trainable_names(model: torch.nn.Module) -> set[str]:
     """Names in the state dict that training changes: a tied output layer is there under two, a parameter under one."""
-    trained = {parameter.data_ptr() for parameter in model.parameters() if parameter.requires_grad}
-    return {name for name, tensor in model.state_dict().items() if tensor.data_ptr() in trained}
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    return {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in trained}
 
 
 def average(checkpoints: list[Path], trainable: set[str], initial: Path) -> dict[str, torch.Tensor]:

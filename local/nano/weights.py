@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 from collections.abc import Mapping
@@ -100,6 +101,12 @@ def misfits(model: torch.nn.Module, state: State) -> tuple[list[str], list[str]]
     missing = [name for name, tensor in tensors.items() if id(tensor) not in there]
     misshapen = [name for name in tensors if name in state and state[name].shape != tensors[name].shape]
     return sorted(missing), sorted(misshapen)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Hash of a tensor's bytes."""
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def save_atomically(checkpoint: Any, path: str | os.PathLike) -> None:

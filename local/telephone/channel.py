@@ -180,7 +180,7 @@ def apply(
     plan["measured"] = {}
     speech = resample(samples, fs, working_fs)
     speech = _mouth_to_line(plan, speech, working_fs, {"babble": babble, "file": noise})
-    speech = speech + sounds.converter(_generator(plan, 6), speech.size)
+    speech += sounds.converter(_generator(plan, 6), speech.size)
     if "hop1" in plan:
         speech = _first_hop(plan, speech, round(samples.size * TELEPHONE_FS / fs))
     if "hop2" in plan:
@@ -209,7 +209,7 @@ def _mouth_to_line(plan: dict, speech: np.ndarray, fs: int, sources: dict[str, s
     plan["measured"]["sent_dbov"] = None
     if active > sounds.SILENT_DBOV:
         plan["measured"]["sent_dbov"] = round(active, 2)
-        speech = speech * np.float32(sounds.db_to_gain(plan["active_dbov"] - active))
+        speech *= np.float32(sounds.db_to_gain(plan["active_dbov"] - active))
     if "noise" in plan:
         rng, kind = _generator(plan, 2), plan["noise"]["kind"]
         if kind in sources:
@@ -217,7 +217,7 @@ def _mouth_to_line(plan: dict, speech: np.ndarray, fs: int, sources: dict[str, s
         else:
             around = sounds.coloured(rng, kind, speech.size, fs)
         around = filters.send(around, fs, **plan["send"])
-        speech = speech + sounds.at_level(around, plan["active_dbov"] - plan["noise"]["snr_db"])
+        speech += sounds.at_level(around, plan["active_dbov"] - plan["noise"]["snr_db"])
     if "limiter" not in plan:
         return speech
     if plan["limiter"]["kind"] == "agc":
@@ -249,10 +249,10 @@ def _line(plan: dict, speech: np.ndarray) -> np.ndarray:
         speech = filters.echo(speech, TELEPHONE_FS, line["echo_ms"], line["echo_loss_db"])
     if "hum_dbm0" in line:
         hum = sounds.hum(_generator(plan, 4), speech.size, TELEPHONE_FS)
-        speech = speech + sounds.at_level(hum, line["hum_dbm0"] - sounds.DBM0)
+        speech += sounds.at_level(hum, line["hum_dbm0"] - sounds.DBM0)
     if "noise" in line:
         hiss = sounds.coloured(_generator(plan, 5), line["noise"], speech.size, TELEPHONE_FS)
-        speech = speech + sounds.at_level(hiss, line["noise_dbm0"] - sounds.DBM0)
+        speech += sounds.at_level(hiss, line["noise_dbm0"] - sounds.DBM0)
     return speech
 
 
@@ -265,8 +265,12 @@ def _quantile(given: Any, uniform: float) -> Any:
     if "mean" in given:
         normal = NormalDist(given["mean"], max(given["std"], 1e-9)).inv_cdf(max(uniform, 1e-9))
         return round(min(max(normal, given["min"]), given["max"]), 3)
-    shares = np.cumsum(list(given.values()))
-    return list(given)[np.searchsorted(shares / shares[-1], uniform, side="right")]
+    left = uniform * sum(given.values())
+    for name, share in given.items():
+        left -= share
+        if left < 0:
+            return name
+    return max(given, key=given.get)  # rounding left nothing
 
 
 def _sections(loaded: Any, path: str | Path) -> dict[str, dict]:
@@ -303,6 +307,6 @@ def _fits(given: Any, allowed: tuple) -> bool:
         return 0 <= given <= 1
     if isinstance(given, dict):
         ordered = allowed[0] <= given["min"] <= given["mean"] <= given["max"] <= allowed[1]
-        return ordered and given["std"] >= 0
+        return ordered and 0 <= given["std"] <= 1000 and len(given) == 4
     low, high = given
     return allowed[0] <= low <= high <= allowed[1]

@@ -54,7 +54,7 @@ def _g711_round_trip(law: str) -> np.ndarray:
 
 def g711(pcm: np.ndarray, law: str) -> np.ndarray:
     """A-law ("alaw") or mu-law ("ulaw") round trip."""
-    return _g711_round_trip(law)[pcm.view(np.uint16)]
+    return _g711_round_trip(law).take(pcm.view(np.uint16))
 
 
 def to_pcm(samples: np.ndarray) -> np.ndarray:
@@ -109,9 +109,19 @@ def _g722(pcm: np.ndarray) -> np.ndarray:
     return _decode("g722", packets, 16000)[22:]
 
 
-def _sndfile(pcm: np.ndarray, container: str, subtype: str) -> np.ndarray:
+def _g726(pcm: np.ndarray, kbps: float) -> np.ndarray:
+    packets, _ = _encode("g726", pcm, 8000, kbps)
+    return _decode("g726", packets, 8000, bits_per_coded_sample=str(round(kbps / 8)))
+
+
+def _mp3(pcm: np.ndarray, kbps: float) -> np.ndarray:
+    # LAME's fast mode: a recorder encodes many calls at a time.
+    return _decode("mp3", _encode("libmp3lame", pcm, 8000, kbps, compression_level="7")[0], 8000)
+
+
+def _gsm_fr(pcm: np.ndarray) -> np.ndarray:
     file = io.BytesIO()
-    soundfile.write(file, pcm, 8000, format=container, subtype=subtype)
+    soundfile.write(file, pcm, 8000, format="WAV", subtype="GSM610")
     file.seek(0)
     return soundfile.read(file, dtype="int16")[0]
 
@@ -132,9 +142,9 @@ def _encode(name: str, pcm: np.ndarray, fs: int, kbps: float, **options: str) ->
     return packets + encoder.encode(None), encoder.extradata
 
 
-def _decode(name: str, packets: list[av.Packet], fs: int, header: bytes | None = None) -> np.ndarray:
+def _decode(name: str, packets: list[av.Packet], fs: int, header: bytes | None = None, **options: str) -> np.ndarray:
     decoder = av.CodecContext.create(name, "r")
-    decoder.sample_rate, decoder.layout = fs, "mono"
+    decoder.sample_rate, decoder.layout, decoder.options = fs, "mono", options
     if header:
         decoder.extradata = header
     frames = [frame for packet in [*packets, None] for frame in decoder.decode(packet)]
@@ -144,11 +154,10 @@ def _decode(name: str, packets: list[av.Packet], fs: int, header: bytes | None =
 CODECS: dict[str, Codec] = {
     "g711_alaw": Codec(lambda pcm: g711(pcm, "alaw")),
     "g711_ulaw": Codec(lambda pcm: g711(pcm, "ulaw")),
-    "gsm_fr": Codec(lambda pcm: _sndfile(pcm, "WAV", "GSM610")),
+    "gsm_fr": Codec(_gsm_fr),
     "amr_nb": Codec(_amr_nb, loses=True),
     "opus_nb": Codec(_opus_nb),
-    # G.726 at 32 kbit/s is G.721, at 24 and 40 kbit/s the old G.723: libsndfile has them under those names.
-    "g726": Codec(lambda pcm, kbps: _sndfile(pcm, "AU", {24: "G723_24", 32: "G721_32", 40: "G723_40"}[kbps])),
+    "g726": Codec(_g726),
     "g722": Codec(_g722, fs=16000),
-    "mp3": Codec(lambda pcm, kbps: _decode("mp3", _encode("libmp3lame", pcm, 8000, kbps)[0], 8000)),
+    "mp3": Codec(_mp3),
 }

@@ -1,7 +1,8 @@
 """What a telephone does to speech before it is coded: send response, room, limiter, gain control, echo.
 
 The send responses are linear-phase FIR filters of the shapes ITU-T publishes (P.48 IRS, P.830 modified IRS, G.712,
-the mobile high-pass). Their delay is taken out again, so that transcripts stay aligned.
+the mobile high-pass). Their delay is taken out again, so that transcripts stay aligned. Levels are in dBov
+(telephone.noise).
 
     samples = send(samples, 8000, "irs", peaks=[[2100, 4]])
 """
@@ -12,9 +13,10 @@ import functools
 import math
 
 import numpy as np
-from scipy.signal import butter, firwin2, oaconvolve, sosfilt
+from scipy.fft import irfft, rfft
+from scipy.signal import fftconvolve
 
-from telephone.noise import db_to_gain, rms_level
+from audio import rms_level
 
 # dB relative to 1 kHz at FREQUENCIES, read off the published curves and rounded. `flat` is a path without a shape.
 FREQUENCIES = (0, 50, 100, 160, 200, 250, 315, 400, 630, 1000, 1600, 2000, 2500, 3150, 3400, 3600, 3800, 4000)
@@ -24,6 +26,12 @@ SHAPES = {
     "g712": (-30, -25, -30, -11, -5, -1.5, 0, 0.5, 0, 0, 0, 0, 0, 0, -1, -6, -31, -45),
     "mobile": (-30, -25, -13, -5.5, -2.5, -1, 0, 0, 0, 0, 0, 0, 0, 0, -1, -4, -12, -26),
 }
+BLOCK = 2048  # samples filtered at a time: small enough for the cache, large against the taps
+
+
+def db_to_gain(db: float) -> float:
+    """Decibels to an amplitude factor."""
+    return 10.0 ** (db / 20.0)
 
 
 def send(
@@ -33,31 +41,52 @@ def send(
 
     `peaks` is a list of [Hz, dB]. At 16 kHz (a wideband leg) a shape goes on flat from 3150 Hz to 7 kHz.
     """
-    if shape == "band":
-        return sosfilt(_band(fs, low_hz, min(high_hz, 0.49 * fs)), samples).astype(np.float32)
-    taps = _shape(fs, shape, tuple(tuple(peak) for peak in peaks or ()))
-    return oaconvolve(samples, taps)[taps.size // 2 :][: samples.size]
+    return fir(samples, *_response(fs, shape, low_hz, high_hz, tuple(map(tuple, peaks or ()))))
+
+
+def fir(samples: np.ndarray, spectrum: np.ndarray, taps: int) -> np.ndarray:
+    """Filter float32 samples without delay by what `linear_phase` made, block by block (overlap-save)."""
+    hop = BLOCK - taps + 1
+    blocks = -(-samples.size // hop)
+    padded = np.zeros(blocks * hop + taps - 1, np.float32)
+    part = samples[: padded.size - taps // 2]
+    padded[taps // 2 : taps // 2 + part.size] = part
+    windows = np.ndarray((blocks, BLOCK), np.float32, padded, strides=(4 * hop, 4))
+    spectra = rfft(windows, axis=1)
+    spectra *= spectrum
+    return irfft(spectra, BLOCK, axis=1, overwrite_x=True)[:, taps - 1 :].reshape(-1)[: samples.size]
+
+
+def linear_phase(fs: int, gains: np.ndarray) -> tuple[np.ndarray, int]:
+    """The filter whose gain at 0 .. fs/2, evenly spaced, is `gains`: its spectrum over a block, and its length."""
+    half = 127 * fs // 8000  # 31 Hz between the points a filter can follow
+    centred = np.roll(irfft(gains), half)[: 2 * half + 1] * np.hamming(2 * half + 1)
+    return rfft(centred, BLOCK).astype(np.complex64), centred.size
+
+
+def grid(fs: int) -> np.ndarray:
+    """The frequencies at which `linear_phase` is given gains."""
+    return np.linspace(0.0, fs / 2, 512 * fs // 8000 + 1)
 
 
 @functools.lru_cache(maxsize=64)
-def _band(fs: int, low_hz: float, high_hz: float) -> np.ndarray:
-    # float32 coefficients keep sosfilt in float32, twice as fast; a 300 Hz corner at 8 kHz loses nothing by it.
-    return butter(4, [low_hz, high_hz], "bandpass", fs=fs, output="sos").astype(np.float32)
-
-
-@functools.lru_cache(maxsize=64)
-def _shape(fs: int, shape: str, peaks: tuple[tuple[float, float], ...]) -> np.ndarray:
-    grid = np.linspace(0.0, fs / 2, 513)
+def _response(
+    fs: int, shape: str, low_hz: float, high_hz: float, peaks: tuple[tuple[float, float], ...]
+) -> tuple[np.ndarray, int]:
+    hz = np.maximum(grid(fs), 1.0)
+    if shape == "band":  # the edges of a Butterworth filter of fourth order
+        high_hz = min(high_hz, 0.49 * fs)
+        detuned = (hz - low_hz * high_hz / hz) / (high_hz - low_hz)
+        return linear_phase(fs, 1 / np.sqrt(1 + detuned**8))
     points = list(zip(FREQUENCIES, SHAPES[shape], strict=True))
     if fs > 8000:
         narrow = [(hz, db) for hz, db in points if hz <= 3150]
         points = [*narrow, (7000, narrow[-1][1]), (fs / 2, -40.0)]
-    decibels = np.interp(grid, *zip(*points, strict=True))
-    for hz, db in peaks:
+    decibels = np.interp(hz, *zip(*points, strict=True))
+    for peak_hz, db in peaks:
         # Half an octave wide, as a resonance of a small enclosure is.
-        decibels = decibels + db * np.exp(-0.5 * (np.log2(np.maximum(grid, 1.0) / hz) / 0.35) ** 2)
-    taps = 255 * fs // 8000 | 1  # 31 Hz between the points a filter can follow
-    return firwin2(taps, grid / (fs / 2), 10 ** (decibels / 20)).astype(np.float32)
+        decibels += db * np.exp(-0.5 * (np.log2(hz / peak_hz) / 0.35) ** 2)
+    return linear_phase(fs, 10 ** (decibels / 20))
 
 
 def room(rng: np.random.Generator, samples: np.ndarray, fs: int, rt60_s: float, direct_db: float) -> np.ndarray:
@@ -65,9 +94,9 @@ def room(rng: np.random.Generator, samples: np.ndarray, fs: int, rt60_s: float, 
     count = int(fs * rt60_s)
     tail = rng.standard_normal(count, dtype=np.float32) * np.exp(-6.9 * np.arange(count) / count, dtype=np.float32)
     tail[: int(0.003 * fs)] = 0.0  # a table or wall is half a metre away
-    tail *= np.float32(db_to_gain(-direct_db) / math.sqrt(float(np.dot(tail, tail))))
+    tail *= np.float32(db_to_gain(-direct_db) / math.sqrt(float(np.square(tail).sum())))
     tail[0] = 1.0
-    return oaconvolve(samples, tail)[: samples.size]
+    return fftconvolve(samples, tail)[: samples.size]
 
 
 def limit(samples: np.ndarray, kind: str) -> np.ndarray:
@@ -92,11 +121,12 @@ def agc(samples: np.ndarray, fs: int, target_dbov: float) -> np.ndarray:
             wanted = min(max(target_dbov - level, -15.0), 15.0)  # as much as G.169 allows
             gain += (wanted - gain) * (0.2 if wanted < gain else 0.01)
         gains[i] = gain
-    smooth = np.interp(np.arange(samples.size), (np.arange(blocks) + 0.5) * block, gains)
-    return samples * (10 ** (smooth / 20)).astype(np.float32)
+    smooth = np.interp(np.arange(samples.size), (np.arange(blocks) + 0.5) * block, 10 ** (gains / 20))
+    return samples * smooth.astype(np.float32)
 
 
 def echo(samples: np.ndarray, fs: int, delay_ms: float, loss_db: float) -> np.ndarray:
     """The talker's own voice, coming back from the far hybrid `delay_ms` later and `loss_db` weaker."""
-    late = np.pad(samples, (round(fs * delay_ms / 1000), 0))[: samples.size]
-    return samples + late * np.float32(db_to_gain(-loss_db))
+    delay, out = round(fs * delay_ms / 1000), samples.copy()
+    out[delay:] += samples[: max(0, samples.size - delay)] * np.float32(db_to_gain(-loss_db))
+    return out

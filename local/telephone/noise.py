@@ -18,27 +18,21 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.ndimage import maximum_filter1d
-from scipy.signal import bilinear_zpk, butter, lfilter, sosfilt, zpk2sos
+from scipy.signal import lfilter
 
 import audio
+from audio import rms_level
 from common import UserError
+from telephone.filters import db_to_gain, fir, grid, linear_phase
 from telephone.resample import resample
 
 DBM0 = 6.15  # dBm0 of a signal at 0 dBov, A-law
 SILENT_DBOV = -70.0  # speech this faint is lost in 16-bit rounding and the idle noise of an A-law line, -72 dBov
 
+# What the four pairs of bits in a byte stand for.
+CONVERTER_STEPS = (((np.arange(256)[:, None] >> np.arange(0, 8, 2) & 3) * 2 - 3) / 32768).astype(np.float32)
+
 Source = Callable[[np.random.Generator, int, int], tuple[np.ndarray, list[str]]]
-
-
-def db_to_gain(db: float) -> float:
-    """Decibels to an amplitude factor."""
-    return 10.0 ** (db / 20.0)
-
-
-def rms_level(samples: np.ndarray) -> float:
-    """RMS level in dBov; -inf for digital silence."""
-    power = float(np.dot(samples, samples)) / max(samples.size, 1)
-    return 10.0 * math.log10(power) if power > 0 else -math.inf
 
 
 def active_level(samples: np.ndarray, fs: int) -> float:
@@ -50,11 +44,11 @@ def active_level(samples: np.ndarray, fs: int) -> float:
     block_s = 0.005  # P.56's 30 ms envelope changes little in 5 ms
     block = max(1, round(fs * block_s))
     whole = samples[: samples.size // block * block].reshape(-1, block)
-    energy = np.einsum("ij,ij->i", whole, whole, dtype=np.float64)
+    energy = np.einsum("ij,ij->i", whole, whole).astype(np.float64)
     if whole.size == 0 or energy.sum() <= 0:
         return rms_level(samples)
     keep = math.exp(-block_s / 0.03)
-    envelope = np.abs(whole).mean(axis=1, dtype=np.float64)
+    envelope = np.einsum("ij->i", np.abs(whole)).astype(np.float64) / block
     envelope = lfilter([(1 - keep) ** 2], [1, -2 * keep, keep * keep], envelope)
     hangover = round(0.2 / block_s)
     held = np.sort(maximum_filter1d(envelope, hangover, origin=hangover // 2 - 1, mode="constant"))
@@ -76,9 +70,14 @@ def at_level(samples: np.ndarray, dbov: float) -> np.ndarray:
 
 
 def coloured(rng: np.random.Generator, kind: str, count: int, fs: int) -> np.ndarray:
-    """`white` Gaussian noise, or `pink`, falling 3 dB per octave in the telephone band."""
-    white = rng.standard_normal(count, dtype=np.float32)
-    return white if kind == "white" else sosfilt(_pink_sections(fs), white)
+    """`white` noise of RMS 1, or `pink`, falling 3 dB per octave in the telephone band."""
+    # The sum of four bytes: hiss is Gaussian to the ear and to a codec, and this takes a fifth of the time.
+    parts = rng.integers(0, 2**64, -(-count // 2), dtype=np.uint64).view(np.int8).reshape(4, -1)[:, :count]
+    total = np.full(count, 2, np.int16)  # the mean of an int8 is -1/2
+    for part in parts:
+        total += part
+    white = total * np.float32(1 / math.sqrt(4 * (2**16 - 1) / 12))
+    return white if kind == "white" else fir(white, *_pink(fs))
 
 
 def converter(rng: np.random.Generator, count: int) -> np.ndarray:
@@ -86,27 +85,23 @@ def converter(rng: np.random.Generator, count: int) -> np.ndarray:
 
     Without them A-law would turn digital silence into a constant; with them it idles at +-8, as lines do.
     """
-    bits = rng.integers(0, 256, count, dtype=np.uint8) >> 6
-    return bits * np.float32(2 / 32768) - np.float32(3 / 32768)
+    codes = np.frombuffer(rng.bytes(-(-count // 4)), np.uint8)
+    return CONVERTER_STEPS.take(codes, axis=0).reshape(-1)[:count]
 
 
 @functools.lru_cache
-def _pink_sections(fs: int) -> np.ndarray:
-    # Poles and zeros taking turns at equal ratios make a staircase whose mean slope is -3 dB per octave. What lies
-    # below the telephone band is left out: it would only push an idle A-law line to one side of zero.
-    ratio = (fs / 2 / 100.0) ** (1 / 8)
-    poles, zeros = (100.0 * ratio ** (np.arange(7) + shift) for shift in (0.5, 1.0))
-    warped = [-2 * fs * np.tan(np.pi * corners / fs) for corners in (zeros, poles)]
-    pinking = zpk2sos(*bilinear_zpk(*warped, 1.0, fs))
-    return np.vstack([butter(2, 120.0, "highpass", fs=fs, output="sos"), pinking]).astype(np.float32)
+def _pink(fs: int) -> tuple[np.ndarray, int]:
+    # What lies below the telephone band is left out: it would only push an idle A-law line to one side of zero.
+    hz = np.maximum(grid(fs), 1.0)
+    return linear_phase(fs, np.minimum(1.0, (hz / 120.0) ** 2) / np.sqrt(np.maximum(hz, 120.0)))
 
 
 def hum(rng: np.random.Generator, count: int, fs: int) -> np.ndarray:
     """Mains hum of 50 Hz with odd harmonics falling 6 dB each, of RMS 1."""
-    time = np.arange(count) * (2 * np.pi * 50.0 / fs)
+    time = np.arange(fs // 50) * (2 * np.pi * 50.0 / fs)
     phases = rng.uniform(0, 2 * np.pi, 5)
-    total = sum(0.5**i * np.sin((2 * i + 1) * time + phase) for i, phase in enumerate(phases))
-    return (total / math.sqrt(sum(0.25**i for i in range(5)) / 2)).astype(np.float32)
+    period = sum(0.5**i * np.sin((2 * i + 1) * time + phase) for i, phase in enumerate(phases))
+    return np.resize((period / math.sqrt(sum(0.25**i for i in range(5)) / 2)).astype(np.float32), count)
 
 
 class Recording(NamedTuple):
@@ -121,9 +116,9 @@ class Recording(NamedTuple):
 
 def babble_source(voices: Sequence[Recording], exclude: str | None = None) -> Source:
     """Babble of three to seven of the utterances, never of the one named `exclude`, which it is mixed with."""
-    others = [voice for voice in voices if voice.key != exclude] or list(voices)
-
     def babble(rng: np.random.Generator, count: int, fs: int) -> tuple[np.ndarray, list[str]]:
+        own = exclude.split("#", 1)[0] if exclude else None  # key#2 is a repeat of key in a train list
+        others = [voice for voice in voices if voice.key not in (exclude, own)] or list(voices)
         chosen = rng.choice(len(others), size=min(len(others), int(rng.integers(3, 8))), replace=False)
         mix = np.zeros(count, np.float32)
         for i in chosen:

@@ -1,10 +1,14 @@
-"""Write the final model as a folder that stock funasr.AutoModel loads without this repository.
+"""Mix an adapted model with its base, and export the result for people who do not have this repository.
 
-    python local/export_model.py --model_dir exp_output/model --checkpoint exp_output/eval/checkpoints/final.pt \
+Fine-tuning gains on telephone speech and forgets wideband speech. The straight line between the two sets of
+weights often holds a model that keeps most of both (Wortsman et al., WiSE-FT, CVPR 2022).
+
+    python local/final_model.py mix --base model/model.pt --adapted stage3/averaged.pt --alpha 0.5 --output final.pt
+    python local/final_model.py export --model_dir exp_output/model --checkpoint final.pt \
         --summary exp_output/eval/summary.json --output exp_output/final_model
 
-The folder holds what the source folder's configuration.json names (configuration, tokenizers), model.pt with LoRA
-folded in the source's number formats, README.md with the lines that load it, and MODEL_CARD.md made from the run.
+The exported folder loads in stock funasr.AutoModel: what the source folder's configuration.json names, model.pt with
+LoRA folded, README.md with the lines that load it, MODEL_CARD.md made from the run.
 """
 
 from __future__ import annotations
@@ -31,33 +35,53 @@ Fun-ASR-Nano adapted to telephone speech. MODEL_CARD.md says how well it does an
 
 ```python
 from funasr import AutoModel
-model = AutoModel(model="{name}", disable_update=True)
-print(model.generate("call.wav", itn={itn})[0]["text"])
+model = AutoModel(model="{name}", disable_update=True, ctc_decoder=None)
+print(model.generate("call.wav")[0]["text"])
 ```
 
-Run it where {name}/ lies. It needs `pip install funasr=={funasr} transformers tiktoken`, and torchaudio for the time
-stamps of its CTC branch; without torchaudio, or to decode in batches, add `ctc_decoder=None` to `AutoModel(...)`.
+Run it where {name}/ lies. It needs `pip install funasr=={funasr} transformers tiktoken`. `ctc_decoder=None` leaves out
+the branch for time stamps, which needs torchaudio and keeps FunASR from decoding in batches.
 
 - It hears audio at {fs} Hz. Upsample 8 kHz calls with a good resampler (soxr, SoX) rather than leave it to FunASR,
   whose filter depends on what is installed.
-- `itn={itn}` gives the prompt it was trained with.
-- vLLM: `from funasr.auto.auto_model_vllm import AutoModelVLLM; AutoModelVLLM(model="{name}").generate(["call.wav"])`.
+- It was trained on {style} text. `itn: {itn}` in config.yaml gives `generate` the prompt of the training.
+- Hot words go into the prompt: `model.generate("call.wav", hotwords=["退款", "逾期"])`.
+- vLLM: `from funasr.auto.auto_model_vllm import AutoModelVLLM`, then
+  `AutoModelVLLM(model="{name}").generate(["call.wav"], itn={itn})`; it does not read `itn` from config.yaml.
   It takes the LLM's weights out of model.pt into Qwen3-0.6B-vllm/ on first use.
 - Server with an OpenAI-style API (`pip install vllm fastapi uvicorn python-multipart`):
-  `funasr-server --model-path {name} --device cuda`.
+  `funasr-server --model-path {name} --device cuda`. It cuts calls with fsmn-vad, which it downloads.{server}
 """
+# funasr/bin/_server_app.py of 1.4.16 passes hot words and language on, but no itn.
+SERVER_NOTE = """
+  With vLLM it asks for written text whatever config.yaml says, a prompt that this model was not trained with."""
 
 
 def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_dir", required=True, type=Path, help="Model folder that training started from.")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="Weights of the final model.")
-    parser.add_argument("--summary", required=True, type=Path, help="summary.json of the test sets.")
-    parser.add_argument("--output", required=True, type=Path, help="Folder to write; one that is there is replaced.")
-    parser.add_argument("--frontend_fs", type=int, default=16000, help="Rate trained with, Hz. Default: %(default)s.")
-    parser.add_argument("--text_style", choices=("written", "spoken"), default="written",
-                        help="How the corpus is written, which chose the prompt. Default: %(default)s.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = commands.add_parser("mix", help="write (1 - alpha) * base + alpha * adapted, LoRA folded").add_argument
+    add("--base", required=True, help="model.pt of the model folder training started from.")
+    add("--adapted", required=True, help="averaged.pt of a training stage.")
+    add("--alpha", required=True, type=float, help="0 is the base, 1 the adapted model.")
+    add("--output", required=True, help="Checkpoint to write.")
+    add = commands.add_parser("export", help="write a folder that stock FunASR loads").add_argument
+    add("--model_dir", required=True, type=Path, help="Model folder that training started from.")
+    add("--checkpoint", required=True, type=Path, help="Weights of the final model.")
+    add("--summary", required=True, type=Path, help="summary.json of the test sets.")
+    add("--output", required=True, type=Path, help="Folder to write; one that is there is replaced.")
+    add("--frontend_fs", type=int, default=16000, help="Rate trained with, Hz. Default: %(default)s.")
+    add("--text_style", choices=("written", "spoken"), default="written",
+        help="How the corpus is written, which chose the prompt. Default: %(default)s.")
     return parser.parse_args()
+
+
+def mix(args: argparse.Namespace) -> None:
+    if not 0.0 <= args.alpha <= 1.0:
+        raise UserError(f"--alpha {args.alpha} is outside 0 to 1", code=2)
+    state = weights.interpolate(weights.load_folded(args.base), weights.load_folded(args.adapted), args.alpha)
+    weights.save_atomically({"state_dict": state, "lora": None}, args.output)
+    logging.info("wrote %s", args.output)
 
 
 def named_files(paths: dict[str, Any]) -> set[str]:
@@ -65,8 +89,8 @@ def named_files(paths: dict[str, Any]) -> set[str]:
     return set().union(*(named_files(path) if isinstance(path, dict) else {path} for path in paths.values()))
 
 
-def copy_configuration(source: Path, target: Path, frontend_fs: int) -> None:
-    """Copy everything FunASR reads from a model folder except the weights, and note the frontend trained with."""
+def copy_configuration(source: Path, target: Path, frontend_fs: int, itn: bool) -> None:
+    """Copy everything FunASR reads from a model folder except the weights; note frontend and prompt of training."""
     try:
         names = named_files(json.loads((source / "configuration.json").read_text("utf-8"))["file_path_metas"])
         config = yaml.safe_load((source / "config.yaml").read_text("utf-8"))
@@ -80,6 +104,7 @@ def copy_configuration(source: Path, target: Path, frontend_fs: int) -> None:
             shutil.copy2(source / name, target / name)
     # FunASR's default dither is noise in the features; training, decoding and scoring had none.
     config["frontend_conf"] |= {"fs": frontend_fs, "dither": 0.0}
+    config["itn"] = itn  # AutoModel hands it to generate(); without it every model gets the prompt for written text
     (target / "config.yaml").write_text(yaml.safe_dump(config, allow_unicode=True, sort_keys=False), "utf-8")
 
 
@@ -139,8 +164,8 @@ def model_card(args: argparse.Namespace, summary: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    args = get_args()
+def export(args: argparse.Namespace) -> None:
+    itn = args.text_style == "written"
     try:
         summary = json.loads(args.summary.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -149,11 +174,11 @@ def main() -> None:
     part = args.output.with_name(f".{args.output.name}.{os.getpid()}.tmp")
     try:
         part.mkdir()
-        copy_configuration(args.model_dir, part, args.frontend_fs)
+        copy_configuration(args.model_dir, part, args.frontend_fs, itn)
         write_weights(args.model_dir, args.checkpoint, part)
         check_loads(part)
-        readme = README.format(
-            name=args.output.name, fs=args.frontend_fs, itn=args.text_style == "written", funasr=version("funasr"))
+        readme = README.format(name=args.output.name, fs=args.frontend_fs, style=args.text_style, itn=itn,
+                               funasr=version("funasr"), server="" if itn else SERVER_NOTE)
         (part / "README.md").write_text(readme, "utf-8")
         (part / "MODEL_CARD.md").write_text(model_card(args, summary), "utf-8")
         if args.output.exists():
@@ -162,6 +187,14 @@ def main() -> None:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     logging.info("%s loads with funasr %s", args.output, version("funasr"))
+
+
+def main() -> None:
+    args = get_args()
+    if args.command == "mix":
+        mix(args)
+    else:
+        export(args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,123 @@
+r"""Write one HTML page of utterances before and after the telephone: a player and a spectrogram each, a kind a row.
+
+    python local/listen.py --input corpus/dev.jsonl --output exp_output/listen/index.html
+
+The channels are drawn as stage 0 draws them, from (seed, key), with the one thing changed that a row's title names.
+The page holds everything it shows; it needs no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import io
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import soundfile
+
+import audio
+from common import UserError, atomic_write, run
+from corpus import read_rows, segment
+from telephone import noise
+from telephone.channel import apply, draw, load_config
+from telephone.resample import resample
+
+FS = 16000
+SECONDS = 8.0  # of an utterance that go into the page
+# Title, arguments of load_config, what is changed in the plan that was drawn.
+KINDS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("The plain band, 300-3400 Hz, and A-law", {"preset": "clean-pcma"}, {}),
+    ("Landline: a handset's response, A-law", {"preset": "landline"}, {}),
+    ("Mobile: AMR at 12.2 kbit/s", {}, {"hop1": {"codec": "amr_nb", "kbps": 12.2, "dtx": False}}),
+    ("Cell edge: AMR at 4.75 kbit/s, comfort noise", {}, {"hop1": {"codec": "amr_nb", "kbps": 4.75, "dtx": True}}),
+    ("Old mobile: GSM 06.10", {"codec_type": "gsm"}, {}),
+    ("An app: Opus", {"codec_type": "opus"}, {}),
+    ("HD leg: G.722, cut to 8 kHz by the exchange", {"codec_type": "g722"}, {}),
+    ("Cordless set: G.726", {"codec_type": "g726"}, {}),
+    ("Recorder: MP3 at 8 kbit/s", {}, {"recorder": {"codec": "mp3", "kbps": 8.0}}),
+    ("10 % of the packets lost, in bursts", {}, {"packet_loss": {"percent": 10.0, "burst": 3.0}}),
+    ("Voices around, 6 dB below", {}, {"noise": {"kind": "babble", "snr_db": 6.0}}),
+    ("Hands-free in a small room", {}, {"room": {"rt60_s": 0.5, "direct_db": 3.0}}),
+    ("Overdriven", {}, {"limiter": {"kind": "hard_clip"}, "active_dbov": -9.0}),
+    ("A bad line: noise, hum, echo", {}, {"line": {"noise": "white", "noise_dbm0": -50.0, "hum_dbm0": -45.0,
+                                                   "echo_ms": 90.0, "echo_loss_db": 20.0}}),
+]  # fmt: skip
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>How the simulated calls sound</title>
+<style>body{font:16px/1.45 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
+.pair{display:flex;flex-wrap:wrap;gap:1rem}.pair>div{flex:1 1 20rem}img,audio{width:100%}h2{margin:2rem 0 0}
+p{margin:.3rem 0}small{color:#666;overflow-wrap:anywhere}</style>
+<h1>How the simulated calls sound</h1><p>The recording, then the call. Distributions: {{ config }}, seed {{ seed }}.</p>
+{% for row in rows %}<h2>{{ row.title }}</h2><p>{{ row.text }}</p><div class="pair">
+{% for name in ("before", "after") %}<div><audio controls src="{{ row[name].sound }}" aria-label="{{ name }}"></audio>
+<img src="{{ row[name].picture }}" alt="spectrogram, {{ name }}"></div>
+{% endfor %}</div><small>{{ row.key }}: {{ row.plan }}</small>{% endfor %}</html>
+"""
+
+
+def get_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--input", type=Path, required=True, help="Wideband corpus: JSONL or a Kaldi folder.")
+    parser.add_argument("--output", type=Path, required=True, help="HTML file to write.")
+    parser.add_argument("--config", type=Path, default=Path("conf/telephone_channel.yaml"), help="Distributions.")
+    parser.add_argument("--seed", type=int, default=0, help="Another seed draws other channels.")
+    return parser.parse_args()
+
+
+def utterances(path: Path) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    """The rows that can be read and hold a second of wideband speech, each with its first seconds."""
+    for entry in read_rows(path):
+        with contextlib.suppress(audio.AudioError):
+            if entry.row:
+                samples, fs = audio.read(entry.row["source"], **segment(entry.row))
+                samples = resample(samples[: int(SECONDS * fs)], fs, FS)
+                if fs >= FS and samples.size >= FS and noise.active_level(samples, FS) > noise.SILENT_DBOV:
+                    yield entry.row, samples
+
+
+def shown(samples: np.ndarray) -> dict[str, str]:
+    """A sound and its spectrogram as data URIs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sound, picture = io.BytesIO(), io.BytesIO()
+    soundfile.write(sound, samples, FS, format="FLAC", subtype="PCM_16")
+    figure, axes = pyplot.subplots(figsize=(6, 2.2), layout="constrained")
+    faint = 1e-5 * np.random.default_rng(0).standard_normal(samples.size)  # the logarithm of nothing is no number
+    axes.specgram(samples + faint, NFFT=512, Fs=FS, noverlap=384, vmin=-120, vmax=-40, cmap="magma")
+    axes.set(xlabel="s", ylabel="Hz")
+    figure.savefig(picture, format="png", dpi=80, metadata={"Software": None})
+    pyplot.close(figure)
+    data = {"sound": ("audio/flac", sound), "picture": ("image/png", picture)}
+    return {n: f"data:{kind};base64,{base64.b64encode(file.getvalue()).decode()}" for n, (kind, file) in data.items()}
+
+
+def main() -> None:
+    args = get_args()
+    configs = [load_config(args.config, **arguments) for _, arguments, _ in KINDS]
+    voices = list(itertools.islice(utterances(args.input), len(KINDS)))
+    if not voices:
+        raise UserError(f"--input {args.input} has no wideband utterance of a second or more that can be read")
+    pool = [noise.Recording(row["key"], row["source"], **segment(row)) for row, _ in voices]
+    rows = []
+    for number, ((title, _, changes), config) in enumerate(zip(KINDS, configs, strict=True)):
+        row, samples = voices[number % len(voices)]
+        plan = draw(config, args.seed, row["key"]) | changes
+        after = apply(plan, samples, FS, FS, babble=noise.babble_source(pool, row["key"]))
+        rows.append({"title": title, "text": row["target"], "key": row["key"], "plan": plan,
+                     "before": shown(samples), "after": shown(after)})  # fmt: skip
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
+    with atomic_write(args.output) as file:
+        file.write(page.render(rows=rows, config=args.config, seed=args.seed))
+    print(f"listen: {args.output}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,123 @@
+"""What a stage YAML may say, and the configuration and model that FunASR makes of it.
+
+    layers = read_stage([Path("conf/stage1_encoder_adapt.yaml")])      # UserError for a key that nothing reads
+    config = effective(layers, model_dir, fs=16000)                    # the model folder's config.yaml under it
+    model = build_on_meta(config)                                      # shapes and requires_grad, no memory
+
+FunASR takes any key and leaves what it does not know in **kwargs. So a stage YAML may hold the keys below and no
+other; tests/test_keys.py gives each of them two values and shows what differs in the installed FunASR.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from common import UserError
+
+SECTIONS = {
+    "": "ctc_weight detach_ctc_decoder fused_attention specaug optim scheduler",
+    "audio_encoder_conf": "freeze dropout_rate attention_dropout_rate",
+    "audio_adaptor_conf": "freeze dropout_rate attention_dropout_rate",
+    "ctc_decoder_conf": "freeze dropout_rate attention_dropout_rate",
+    "llm_conf": "freeze use_lora",
+    "llm_conf.lora_conf": "r lora_alpha lora_dropout target_modules",
+    "frontend_conf": "dither",
+    "specaug_conf": "apply_time_warp apply_freq_mask freq_mask_width_range num_freq_mask lfr_rate apply_time_mask "
+    "time_mask_width_range num_time_mask",
+    "optim_conf": "lr betas weight_decay",
+    "scheduler_conf": "warmup_steps",
+    "train_conf": "max_epoch accum_grad grad_clip use_bf16 use_deepspeed deepspeed_config early_stopping_patience "
+    "keep_nbest_models avg_nbest_model avg_keep_nbest_models_type log_interval validate_interval "
+    "save_checkpoint_interval resume",
+    "dataset_conf": "batch_type batch_size batch_size_sample_max sort_size shuffle max_token_length "
+    "min_source_length max_source_length max_target_length num_workers data_split_num prompt_classes cache_gib",
+}
+ACCEPTED = {f"{part}.{key}".lstrip(".") for part, keys in SECTIONS.items() for key in keys.split()}
+
+
+def flat_keys(config: dict[str, Any], prefix: str = "") -> set[str]:
+    """Dotted names of a nested configuration's leaves: {"a": {"b": 1}} -> {"a.b"}."""
+    keys = set()
+    for name, value in config.items():
+        keys |= flat_keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}"}
+    return keys
+
+
+def read_stage(paths: list[Path]) -> dict[str, Any]:
+    """The YAMLs laid over one another. UserError, code 2, for one that is missing, not YAML, or has an unread key."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    layers = []
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; give the stage's YAML", code=2)
+        try:
+            layer = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{path}: not YAML: {error}", code=2) from error
+        if not isinstance(layer, dict):
+            raise UserError(f"{path}: a {type(layer).__name__}, not keys and values", code=2)
+        for key in sorted(flat_keys(layer) - ACCEPTED):
+            near = difflib.get_close_matches(key, sorted(ACCEPTED), 1, 0)
+            raise UserError(f"{path}: nothing reads the key {key}; the nearest that is read is {near[0]}", code=2)
+        layers.append(layer)
+    return OmegaConf.to_container(OmegaConf.merge(*layers))
+
+
+def effective(stage: dict[str, Any], model_dir: Path, fs: int) -> dict[str, Any]:
+    """The configuration FunASR builds from: the folder's config.yaml, paths made absolute, under the stage's keys."""
+    from funasr.download.download_model_from_hub import download_model
+
+    config = copy.deepcopy(stage) | {"model": str(model_dir), "hub": "ms", "disable_update": True}
+    config.setdefault("frontend_conf", {})["fs"] = fs
+    dataset = config.setdefault("dataset_conf", {})
+    # batch_size alone sizes a batch: upstream's limit of ten utterances makes batches of short turns tiny.
+    dataset.setdefault("batch_size_sample_max", 10**6)
+    # Features are made by the workers: as many as there are cores for each process, up to what a GPU can use.
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    dataset.setdefault("num_workers", max(1, min(16, cores)))
+    if not torch.cuda.is_available():
+        # CPUs have no fast bf16 path for this model.
+        config.setdefault("train_conf", {})["use_bf16"] = False
+        config.setdefault("llm_conf", {})["llm_dtype"] = "fp32"
+    config = download_model(is_training=True, **config)
+    paths = {"the LLM folder": config["llm_conf"].get("init_param_path")}
+    if config.get("ctc_decoder"):
+        paths["the CTC vocabulary"] = config["dataset_conf"].get("ctc_tokenizer_conf", {}).get("vocab_path")
+    for what, path in paths.items():
+        # FunASR makes a path absolute that exists in the folder and is named in configuration.json, and no other.
+        if not path or not Path(path).is_absolute() or not Path(path).exists():
+            raise UserError(f"{model_dir}: {what} ({path}) is not there, or configuration.json does not name it under "
+                            "file_path_metas; bash run_experiment.sh -1 says what is missing")  # fmt: skip
+    return config
+
+
+def build_on_meta(config: dict[str, Any]) -> torch.nn.Module:
+    """The model that an effective configuration describes, in this recipe's class, without memory for its tensors."""
+    from funasr.auto.auto_model import deep_update
+    from funasr.register import tables
+
+    import nano.model  # noqa: F401  registers the class
+
+    model_class = tables.model_classes.get(config["model"])
+    if model_class is None:
+        raise UserError(f"FunASR has no model {config['model']}; this recipe is for FunASRNano")
+    frontend = tables.frontend_classes.get(config["frontend"])(**config.get("frontend_conf", {}))
+    arguments = dict(config.get("model_conf", {}))
+    deep_update(arguments, {**config, "input_size": frontend.output_size(), "vocab_size": -1})
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.WARNING)
+    try:
+        with torch.device("meta"):
+            return model_class(**arguments)
+    finally:
+        logging.getLogger().setLevel(level)

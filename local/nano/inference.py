@@ -1,0 +1,110 @@
+"""Recognise utterances with a Fun-ASR-Nano model folder: greedily, in batches, with any checkpoint of the model.
+
+    recogniser = Recogniser("exp_output/final_model", device="auto")
+    recogniser.transcribe([Utterance("call-1", samples, recogniser.prompt())])
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import yaml
+
+from common import UserError
+from nano import weights
+
+
+class Utterance(NamedTuple):
+    """What the model is given: float32 samples in [-1, 1] at its frontend's rate, and the text around them."""
+
+    key: str
+    samples: np.ndarray
+    prompt: str
+    system: str = "You are a helpful assistant."
+
+
+class Recogniser:
+    """A Fun-ASR-Nano model ready to decode; `load` exchanges its weights. `fs` is its frontend's rate in Hz."""
+
+    def __init__(self, model_dir: str | os.PathLike, device: str, dtype: str = "auto", frontend_fs: int | None = None):
+        from funasr import AutoModel  # seconds to import
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = ("bf16" if device.startswith("cuda") else "fp32") if dtype == "auto" else dtype
+        frontend = {"dither": 0.0}  # FunASR's default dither makes transcripts random
+        self.auto_model = AutoModel(
+            model=str(model_dir), device=device, disable_update=True, ncpu=torch.get_num_threads(),
+            ctc_decoder=None,  # time stamps; with them FunASR decodes one utterance at a time, and needs torchaudio
+            frontend_conf=frontend | ({"fs": frontend_fs} if frontend_fs else {}),
+            llm_conf={"llm_dtype": self.dtype},
+        )
+        self.device, self.fs = self.auto_model.kwargs["device"], self.auto_model.kwargs["frontend"].fs
+
+    def load(self, checkpoint: str | os.PathLike) -> None:
+        """Exchange the weights, LoRA folded; refuse a checkpoint that would leave a tensor as it was."""
+        state, model = weights.load_folded(checkpoint), self.auto_model.model
+        if wrong := sum(weights.misfits(model, state), []):
+            raise UserError(f"{checkpoint} does not fit the model folder: {len(wrong)} tensors, first {wrong[0]}")
+        model.load_state_dict(state, strict=False)
+
+    def prompt(self, hotwords: Sequence[str] = ()) -> str:
+        """FunASR's own prompt, with hot words, for the way of writing that the folder's `itn` says."""
+        return self.auto_model.model.get_prompt(list(hotwords), itn=self.auto_model.kwargs.get("itn", True))
+
+    @torch.inference_mode()
+    def transcribe(
+        self, utterances: Sequence[Utterance], max_new_tokens: int = 512, max_tokens_per_second: float = 15.0
+    ) -> list[str]:
+        """Transcribe utterances as one batch, greedily, each with its own prompt.
+
+        A hypothesis is cut at `max_tokens_per_second` of the longest utterance: nobody speaks faster, and one
+        repetition loop would otherwise hold up its whole batch until `max_new_tokens`.
+        """
+        seconds = max(len(utterance.samples) for utterance in utterances) / self.fs
+        options = {
+            **self.auto_model.kwargs, "llm_dtype": self.dtype, "llm_kwargs": {"do_sample": False, "num_beams": 1},
+            "max_length": min(max_new_tokens, 16 + math.ceil(max_tokens_per_second * seconds)),
+        }
+        messages = [[
+            {"role": "system", "content": utterance.system},
+            {"role": "user", "content": f"{utterance.prompt}<|startofspeech|>!!<|endofspeech|>",
+             "audio": torch.from_numpy(utterance.samples)},
+            {"role": "assistant", "content": "null"},
+        ] for utterance in utterances]
+        keys = [utterance.key for utterance in utterances]
+        results, _ = self.auto_model.model.inference_llm(messages, key=keys, **options)
+        return [result["text"] for result in results]
+
+
+def batches(rows: Sequence[dict[str, Any]], size: int, seconds: float) -> Iterator[list[dict[str, Any]]]:
+    """Sort rows by length, longest first so that memory runs out at once or never, and cut them into batches.
+
+    A batch has at most `size` rows and `seconds` of padded audio. It depends on nothing but the rows: padding
+    changes the last bits of a score, so an interrupted run must meet the same batches again.
+    """
+    batch: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda row: (-row["speech_length"], row["key"])):
+        # The first is the longest, in frames of 10 ms.
+        if batch and (len(batch) == size or batch[0]["speech_length"] * (len(batch) + 1) > 100 * seconds):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def read_conf(path: str) -> dict[str, Any]:
+    """The settings that decide what a transcript says."""
+    names = ("device", "dtype", "batch_size", "batch_seconds", "max_new_tokens", "max_tokens_per_second")
+    try:
+        conf = yaml.safe_load(Path(path).read_text("utf-8"))
+        return {name: conf[name] for name in names}
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: {error}; want a YAML file with {', '.join(names)}", code=2) from error

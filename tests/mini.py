@@ -1,0 +1,88 @@
+"""A miniature model, twelve rows of noise and a stage's training inside this process, for the tests of training."""
+
+import argparse
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+import audio
+from common import write_json, write_jsonl
+from nano.miniature import build_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+ALPHABET = "一二三四五六七八九零元月号订单"
+SMALL = {
+    "encoder_dim": 32, "encoder_blocks": 1, "encoder_heads": 2, "encoder_ffn": 32, "adaptor_ffn": 32, "ctc_ffn": 32,
+    "llm_dim": 32, "llm_heads": 2, "llm_kv_heads": 1, "llm_head_dim": 16, "llm_ffn": 48,
+}  # fmt: skip
+STAGES = ["stage1_encoder_adapt", "stage2_adapter_align", "stage3_lora_domain"]
+QUICK = {
+    "optim_conf": {"lr": 0.003}, "scheduler_conf": {"warmup_steps": 2},
+    "train_conf": {"max_epoch": 3, "keep_nbest_models": 2, "avg_nbest_model": 2, "log_interval": 1},
+    "dataset_conf": {"batch_type": "example", "batch_size": 5, "num_workers": 0},
+}  # fmt: skip
+
+
+def make_model(folder: Path) -> Path:
+    return build_folder(folder, ALPHABET, SMALL, seed=1)
+
+
+def make_rows(folder: Path, count: int = 12) -> list[dict]:
+    """Formatted rows of noise of 1 to 2 seconds."""
+    rng = np.random.default_rng(0)
+    made = []
+    for number in range(count):
+        samples = 16000 + 1600 * number
+        path = folder / f"utterance {number}.wav"
+        audio.write(path, (0.1 * rng.standard_normal(samples)).astype(np.float32), 16000)
+        text = "".join(rng.choice(list(ALPHABET), 3 + number % 4))
+        user = f"语音转写：<|startofspeech|>!{path}<|endofspeech|>"
+        messages = [("system", "You are a helpful assistant."), ("user", user), ("assistant", text)]
+        made.append({
+            "key": f"u{number}", "messages": [{"role": role, "content": content} for role, content in messages],
+            "speech_length": samples // 160, "text_length": len(text),
+        })  # fmt: skip
+    return made
+
+
+def arguments(folder: Path, model_dir: Path, rows: list[dict], stage: str = STAGES[0], overlay: dict | None = None,
+              **changed) -> argparse.Namespace:  # fmt: skip
+    """What local/train.py and local/check_training.py get on their command lines; lists and overlay are written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jsonl(folder / "list.jsonl", rows)
+    (folder / "overlay.yaml").write_text(yaml.safe_dump(overlay or {}))
+    given = {
+        "stage_conf": ROOT / "conf" / f"{stage}.yaml", "overlay": [folder / "overlay.yaml"] if overlay else [],
+        "model_dir": model_dir, "init_checkpoint": model_dir / "model.pt", "train_list": folder / "list.jsonl",
+        "valid_list": folder / "list.jsonl", "output_dir": folder / stage, "frontend_fs": 16000, "seed": 0,
+        "num_threads": 1,
+    }  # fmt: skip
+    return argparse.Namespace(**given | changed)
+
+
+@contextmanager
+def logged(path: Path):
+    """Everything logged goes to the file too, as run_experiment.sh has it."""
+    root, level = logging.getLogger(), logging.getLogger().level
+    handler = logging.FileHandler(path, encoding="utf-8")
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()
+
+
+def train_here(args: argparse.Namespace) -> None:
+    """local/train.py's work, in this process, with its log in train.log."""
+    import train
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(args.output_dir / "run.json", train.describe_run(args))
+    with logged(args.output_dir / "train.log"):
+        train.train(train.build_config(args))

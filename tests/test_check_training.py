@@ -1,0 +1,362 @@
+"""What is refused before training and what fails after it: one message each, and nothing that is right."""
+
+import copy
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from check_training import check_before, check_checkpoint, check_room, gpu_bytes
+from common import UserError
+from mini import QUICK, ROOT, STAGES, arguments, make_model, make_rows, train_here
+from nano import weights
+from nano.config import build_on_meta, effective, flat_keys, read_stage
+from nano.dataset import Once
+from nano.postflight import check_after, check_loss, check_rows_used
+
+YAMLS = [path for path in sorted(ROOT.glob("conf/**/*.yaml")) if path.stem.startswith(("stage", "base_model"))]
+KEYS = [(path, key) for path in YAMLS for key in sorted(flat_keys(yaml.safe_load(path.read_text())))]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    return make_rows(tmp_path_factory.mktemp("audio"))
+
+
+@pytest.fixture
+def refused(tmp_path, model_dir, rows):
+    """refused(overlay=..., rows=..., ...) -> the message and exit code of the preflight."""
+
+    def refuse(**changed) -> tuple[str, int]:
+        with pytest.raises(UserError) as error:
+            check_before(arguments(tmp_path, **{"model_dir": model_dir, "rows": rows} | changed))
+        return str(error.value), error.value.code
+
+    return refuse
+
+
+# --- keys
+
+
+def misspell(key: str) -> str:
+    return key + key[-1]
+
+
+@pytest.mark.parametrize(("path", "key"), KEYS, ids=[f"{path.parent.name}/{path.stem}:{key}" for path, key in KEYS])
+def test_a_typo_in_any_key_of_any_stage_yaml_is_refused_with_the_nearest(tmp_path, path, key):
+    config = yaml.safe_load(path.read_text())
+    *sections, name = key.split(".")
+    part = config
+    for section in sections:
+        part = part[section]
+    part[misspell(name)] = part.pop(name)
+    typo = ".".join([*sections, misspell(name)])
+    (tmp_path / "typo.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(UserError, match=f"the key {typo}; the nearest that is read is {key}$") as error:
+        read_stage([tmp_path / "typo.yaml"])
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize("path", YAMLS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_stage_yaml_holds_accepted_keys_only_and_at_most_twenty_five(path):
+    keys = flat_keys(read_stage([path]))
+    assert 0 < len(keys) <= (25 if path.stem.startswith("stage") else 40)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("train_conf: 5\n", "nothing reads the key train_conf"), ("- 1\n", "a list"), ("a: [\n", "not YAML"),
+    ("model_conf: {ctc_weight: 1}\n", "model_conf.ctc_weight"), ("frontend_conf: {fs: 8000}\n", "frontend_conf.fs"),
+    ("dataset_conf: {batch_size_token_max: 9}\n", "batch_size_token_max"), ("lsm_weight: 0.1\n", "lsm_weight"),
+])  # fmt: skip
+def test_what_is_no_stage_yaml_is_refused(tmp_path, text, message):
+    (tmp_path / "stage.yaml").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        read_stage([tmp_path / "stage.yaml"])
+    assert error.value.code == 2
+
+
+# --- before
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_is_right_passes(tmp_path, model_dir, rows, stage):
+    check_before(arguments(tmp_path, model_dir, rows, stage, QUICK))
+
+
+@pytest.mark.parametrize(("overlay", "message"), [
+    ({"dataset_conf": {"data_split_num": 4}}, "data_split_num 4"),
+    ({"dataset_conf": {"prompt_classes": "MultiContextPrompt"}}, "prompt_classes"),
+    ({"detach_ctc_decoder": True}, "ctc_weight 0.3 does nothing"),
+    ({"train_conf": {"keep_nbest_models": 10**9}}, "lower train_conf.keep_nbest_models"),
+    ({"dataset_conf": {"max_token_length": 150}}, "raise dataset_conf.max_token_length above 150"),
+    ({"dataset_conf": {"max_source_length": 150}}, "upstream would skip it"),
+    ({"dataset_conf": {"min_source_length": 150}}, "upstream would skip it"),
+    ({"dataset_conf": {"max_target_length": 3}}, "upstream would skip it"),
+])  # fmt: skip
+def test_a_setting_that_would_lose_or_repeat_data_is_refused(refused, overlay, message):
+    assert refused(overlay=overlay)[0].count(message) == 1
+
+
+def edit(row, content=None, **changed):
+    row = copy.deepcopy(row) | changed
+    if content is not None:
+        row["messages"][1]["content"] = content
+    return row
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"text_length": 0}, "upstream would skip it"), ({"speech_length": 15000}, "upstream would skip it"),
+    ({"speech_length": 5}, "upstream would skip it"), ({"key": "u0"}, "key u0 twice"),
+    ({"content": "语音转写：<|startofspeech|>!/nowhere.wav<|endofspeech|>"}, "cannot read /nowhere.wav"),
+    ({"content": "语音转写："}, "no formatted row"), ({"text_length": None}, None),
+])  # fmt: skip
+def test_a_row_that_would_not_be_used_is_refused(refused, rows, change, message):
+    if message is None:
+        bad = {key: value for key, value in rows[3].items() if key != "text_length"}
+        message = "list.jsonl:4: no formatted row"
+    else:
+        bad = edit(rows[3], **change)
+    assert message in refused(rows=[*rows[:3], bad])[0]
+
+
+def test_audio_and_checkpoint_at_another_rate_are_refused(refused, model_dir, rows, tmp_path):
+    assert "16000 Hz, 1 channels, not 8000 Hz" in refused(frontend_fs=8000)[0]
+    assert "was trained at 16000 Hz" in refused(frontend_fs=8000, stage=STAGES[2])[0]
+    shutil.copytree(model_dir, tmp_path / "stage1")
+    shutil.copy(tmp_path / "stage1" / "model.pt", tmp_path / "stage1" / "averaged.pt")
+    message, _code = refused(frontend_fs=8000, init_checkpoint=tmp_path / "stage1" / "averaged.pt")
+    assert "was trained at 16000 Hz" in message
+
+
+def test_an_empty_list_and_a_missing_checkpoint_are_refused(refused, tmp_path):
+    assert "is empty" in refused(rows=[])[0]
+    assert refused(init_checkpoint=tmp_path / "none.pt") == (
+        f"{tmp_path}/none.pt does not exist; run the stage that writes it, or correct the path", 2)
+
+
+@pytest.mark.parametrize(("missing", "message"), [
+    ("multilingual.tiktoken", "the CTC vocabulary"), ("Qwen3-0.6B", "the LLM folder"),
+])  # fmt: skip
+def test_a_folder_without_ctc_vocabulary_or_llm_is_refused_by_name(refused, model_dir, tmp_path, missing, message):
+    folder = shutil.copytree(model_dir, tmp_path / "model")
+    shutil.move(folder / missing, tmp_path / missing)
+    assert message in refused(model_dir=folder, init_checkpoint=model_dir / "model.pt")[0]
+
+
+def test_without_a_fbank_library_training_is_refused(refused, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "no fbank library" in refused()[0]
+
+
+@pytest.fixture(scope="module")
+def meta(model_dir):
+    """Per stage: the effective configuration and the model without memory."""
+    made = {}
+    for stage in STAGES:
+        config = effective(read_stage([ROOT / "conf" / f"{stage}.yaml"]), model_dir, 16000)
+        made[stage] = (config, build_on_meta(config))
+    return made
+
+
+@pytest.mark.parametrize(("stage", "modules"), [
+    (STAGES[0], {"audio_encoder"}), (STAGES[1], {"audio_adaptor", "ctc_decoder", "ctc"}), (STAGES[2], {"llm"}),
+])  # fmt: skip
+def test_each_stage_trains_its_modules_and_no_other(meta, stage, modules):
+    trained = [name for name, parameter in meta[stage][1].named_parameters() if parameter.requires_grad]
+    assert {name.split(".")[0] for name in trained} == modules
+    assert stage != STAGES[2] or all("lora_" in name for name in trained)
+
+
+def test_every_tensor_of_the_model_is_accounted_for(meta, model_dir, tmp_path, caplog):
+    state, _lora = weights.load(model_dir / "model.pt")
+    caplog.set_level("INFO")
+
+    def check(state, stage=STAGES[0], **more):
+        torch.save({"state_dict": state, **more}, tmp_path / "c.pt")
+        caplog.clear()
+        check_checkpoint(meta[stage][1], tmp_path / "c.pt", meta[stage][0])
+        return caplog.text
+
+    check(state)
+    check({f"module.{name}": tensor for name, tensor in state.items()})
+    check({name: tensor for name, tensor in state.items() if name != weights.OUTPUT_LAYER})
+    assert "LoRA: not in the checkpoint" in check(state, STAGES[2])
+    one = next(name for name in state if name.startswith("audio_encoder."))
+    with pytest.raises(UserError, match=f"lacks 1 tensors, first {one}"):
+        check({name: tensor for name, tensor in state.items() if name != one})
+    with pytest.raises(UserError, match=f"another shape, first {one}"):
+        check(state | {one: torch.zeros(1, 2, 3)})
+    without = {name: tensor for name, tensor in state.items() if not name.startswith(weights.CTC_PREFIXES)}
+    assert "left out, and so is its loss" in check(without)
+    assert "trained from random weights" in check(without, STAGES[1])
+    with pytest.raises(UserError, match="CTC tensors.*damaged"):
+        check({name: tensor for name, tensor in state.items() if name != "ctc.ctc_lo.bias"})
+    lora = {name: torch.zeros(tensor.shape) for name, tensor in meta[STAGES[2]][1].state_dict().items()
+            if "lora_" in name}  # fmt: skip
+    assert lora and "LoRA" not in check(state | lora, STAGES[2], lora={"r": 16, "lora_alpha": 32})
+    with pytest.raises(UserError, match="fold it first"):
+        check(state | lora, lora={"r": 16, "lora_alpha": 32})
+    with pytest.raises(UserError, match="lora_alpha 8, the stage says 32"):
+        check(state | lora, STAGES[2], lora={"r": 16, "lora_alpha": 8})
+
+
+def test_room_is_estimated_from_the_model_and_the_batch(meta, tmp_path):
+    config, model = meta[STAGES[0]]
+    assert gpu_bytes(model, config, 8192, 2000) > gpu_bytes(model, config, 4096, 2000)
+    config3, model3 = meta[STAGES[2]]
+    assert gpu_bytes(model, config, 8192, 8192) > gpu_bytes(model3, config3, 8192, 8192)
+    check_room(model, config, tmp_path / "not" / "there yet", 2000)
+
+
+# --- during and after
+
+
+class Stock:
+    num_replicas = 1
+
+    def __iter__(self):
+        return iter([[3, 1], [], [0, 2], [4, 3]])
+
+    def __len__(self):
+        return 4
+
+
+def test_the_sampler_repeats_nothing_on_one_process_and_emits_no_empty_batch():
+    assert list(Once(Stock(), 0)) == [[3, 1], [0, 2], [4]]
+    assert list(Once(Stock(), 2)) == [[4]]
+    several = Stock()
+    several.num_replicas = 2
+    assert list(Once(several, 0)) == [[3, 1], [3, 1], [0, 2], [4, 3]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, model_dir, rows):
+    """Stages 1 to 3 on twelve rows in batches of five, checked before and after: the folder of each, by name."""
+    folder, initial, done = tmp_path_factory.mktemp("exp with space"), model_dir / "model.pt", {}
+    for stage in STAGES:
+        args = arguments(folder, model_dir, rows, stage, QUICK, init_checkpoint=initial)
+        check_before(args)
+        train_here(args)
+        done[stage] = (args, check_after(args.output_dir, initial, args.train_list))
+        initial = args.output_dir / "averaged.pt"
+    return done
+
+
+@pytest.mark.parametrize(("stage", "modules"), [
+    (STAGES[0], {"audio_encoder"}), (STAGES[1], {"audio_adaptor", "ctc_decoder", "ctc"}), (STAGES[2], {"lora"}),
+])  # fmt: skip
+def test_what_each_stage_trained_has_moved_and_each_row_was_used_once(trained, stage, modules):
+    args, figures = trained[stage]
+    assert set(figures["moved_tensors"]) == modules
+    assert figures["repeated_rows"] == 0
+    used = json.loads((args.output_dir / "run.json").read_text())["rows_used"]
+    assert used == {str(epoch): {"rows": 12, "missed": 0, "repeated": 0} for epoch in (1, 2, 3)}
+
+
+def test_checkpoints_on_disk_are_bounded(trained):
+    on_disk = sorted(path.name for path in trained[STAGES[0]][0].output_dir.glob("model.pt.ep*"))
+    assert 2 <= len(on_disk) <= 3
+
+
+@pytest.fixture
+def spoilt(trained, tmp_path):
+    """spoilt(file, change) -> the postflight's message for stage 1's folder with that file changed."""
+
+    def spoil(name, change, stage=STAGES[0]):
+        args, _figures = trained[stage]
+        folder = shutil.copytree(args.output_dir, tmp_path / "spoilt", dirs_exist_ok=True)
+        path = folder / name
+        if path.suffix == ".json":
+            path.write_text(json.dumps(change(json.loads(path.read_text()))))
+        else:
+            checkpoint = torch.load(path)
+            change(checkpoint["state_dict"])
+            path.unlink()
+            torch.save(checkpoint, path)
+        with pytest.raises(UserError) as error:
+            check_after(folder, args.init_checkpoint, args.train_list)
+        return str(error.value)
+
+    return spoil
+
+
+def test_a_frozen_tensor_that_changed_or_a_saved_one_that_is_gone_fails_the_stage(spoilt, trained):
+    best = torch.load(trained[STAGES[0]][0].output_dir / "averaged.pt")["averaged"][0]
+    for name in ("averaged.pt", best):
+        assert "is frozen but changed" in spoilt(name, lambda state: state["llm.lm_head.weight"].add_(1e-6))
+    assert "lacks 1 tensors, first audio_encoder" in spoilt(
+        "averaged.pt", lambda state: state.pop("audio_encoder.after_norm.weight"))
+
+
+def test_a_module_that_did_not_move_fails_the_stage(spoilt, trained):
+    args, _figures = trained[STAGES[2]]
+    best = torch.load(args.output_dir / "averaged.pt")["averaged"][0]
+    state = torch.load(args.output_dir / best)["state_dict"]
+    still = {name: weights.digest(state[name]) for name in json.loads((args.output_dir / "start.json").read_text())}
+    assert "lora: none of its" in spoilt("start.json", lambda _start: still, STAGES[2])
+
+
+@pytest.mark.parametrize(("count", "processes", "message"), [
+    ({"rows": 12, "missed": 2, "repeated": 0}, 1, "used 10 of the list's 12 rows"),
+    ({"rows": 11, "missed": 0, "repeated": 0}, 1, "used 11 of the list's 12 rows"),
+    ({"rows": 12, "missed": 0, "repeated": 3}, 1, "3 repeats"),
+    ({"rows": 12, "missed": 1, "repeated": 3}, 2, "used 11 of the list's 12 rows"),
+])  # fmt: skip
+def test_a_row_that_was_missed_or_repeated_fails_the_stage(count, processes, message):
+    with pytest.raises(UserError, match=message):
+        check_rows_used({"rows_used": {"1": count}, "processes": processes}, 12)
+    assert check_rows_used({"rows_used": {"1": {"rows": 12, "missed": 0, "repeated": 3}}, "processes": 2}, 12) == {
+        "repeated_rows": 3}
+
+
+@pytest.mark.parametrize(("losses", "message"), [
+    ([2.0, 2.0], "did not fall"), ([2.0, "nan"], "no finite"), ([], "no finite"),
+])  # fmt: skip
+def test_a_loss_that_is_not_finite_or_did_not_fall_fails_the_stage(tmp_path, losses, message):
+    lines = [f"train, rank: 0, epoch: {number}/9, (loss_avg_slice: {loss}), " for number, loss in enumerate(losses)]
+    (tmp_path / "train.log").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=message):
+        check_loss(tmp_path / "train.log")
+
+
+def test_the_thirty_percent_target_is_reported_and_no_reason_to_fail(tmp_path):
+    for last, met in ((1.9, False), (1.3, True)):
+        losses = enumerate([2.0, last])
+        lines = [f"train, rank: 0, epoch: {epoch}/9, (loss_avg_slice: {loss}), " for epoch, loss in losses]
+        (tmp_path / "train.log").write_text("\n".join(lines))
+        assert check_loss(tmp_path / "train.log")["loss_target_met"] is met
+
+
+@pytest.mark.parametrize("stage", [STAGES[0], STAGES[2]])
+def test_saving_after_no_step_and_loading_again_decodes_the_same(model_dir, rows, tmp_path, stage):
+    from funasr import AutoModel
+
+    from decode import Recogniser
+    from nano.trainer import Trainer
+
+    config = effective(read_stage([ROOT / "conf" / f"{stage}.yaml"]), model_dir, 16000)
+    (tmp_path / "exp").mkdir()
+    trainer = Trainer(output_dir=str(tmp_path / "exp"), device="cpu", **config["train_conf"])
+    trainer.initial, trainer.lora = str(model_dir / "model.pt"), config["llm_conf"].get("lora_conf")
+    model = AutoModel(**config | {"device": "cpu"}).model
+    model = trainer.warp_model(model, device="cpu", train_conf={})
+    optimizer = torch.optim.AdamW(model.parameters())
+    trainer.val_acc_step_or_epoch["model.pt.ep0"] = 0.5
+    trainer.save_checkpoint(0, model=model, optim=optimizer, scheduler=SimpleNamespace(state_dict=dict))
+    trainer.close()
+    recogniser = Recogniser(model_dir, "cpu")
+    heard = []
+    for path in (model_dir / "model.pt", tmp_path / "exp" / "averaged.pt"):
+        recogniser.load(path)
+        state = recogniser.auto_model.model.state_dict()
+        tensors = {name: weights.digest(tensor) for name, tensor in state.items()}
+        heard.append((recogniser.transcribe(rows, max_new_tokens=12), tensors))
+    assert heard[0] == heard[1]

@@ -1,0 +1,131 @@
+"""Training with more than one process, by the command lines of the README, on CPU: gloo in place of NCCL."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import audio
+from common import write_jsonl
+from nano.miniature import build_folder
+
+ROOT = Path(__file__).resolve().parent.parent
+ALPHABET = "一二三四五六七八九零"
+SIZE = {
+    "encoder_dim": 32, "encoder_blocks": 1, "encoder_heads": 2, "encoder_ffn": 32, "adaptor_ffn": 32, "ctc_ffn": 32,
+    "llm_dim": 32, "llm_heads": 2, "llm_kv_heads": 1, "llm_head_dim": 16, "llm_ffn": 48,
+}  # fmt: skip
+STAGES = {
+    "stage1_encoder_adapt": {"audio_encoder"}, "stage2_adapter_align": {"audio_adaptor", "ctc_decoder", "ctc"},
+    "stage3_lora_domain": {"lora"},
+}  # fmt: skip
+
+pytestmark = pytest.mark.full
+
+
+def prepare(tmp_path: Path) -> Path:
+    """What stages -1 and 0 leave behind, for 13 utterances of noise in each corpus, and tiny overlays."""
+    model = build_folder(tmp_path / "model folder", ALPHABET, SIZE, seed=1)
+    write = tmp_path / "exp" / "model" / "model_dir.txt"
+    write.parent.mkdir(parents=True)
+    write.write_text(f"{model}\n")
+    rng = np.random.default_rng(0)
+    for corpus in ("simulated_8k_telephone", "real_8k_telephone", "wideband_16k"):
+        for split in ("train", "dev"):
+            rows = []
+            for number in range(13):
+                path, count = tmp_path / f"{corpus}-{split}-{number}.wav", 16000 + 800 * number
+                audio.write(path, (0.1 * rng.standard_normal(count)).astype(np.float32), 16000)
+                user = f"语音转写：<|startofspeech|>!{path}<|endofspeech|>"
+                texts = [("system", "You are a helpful assistant."), ("user", user), ("assistant", "三五七")]
+                messages = [{"role": role, "content": content} for role, content in texts]
+                rows.append({"key": path.stem, "messages": messages, "speech_length": count // 160, "text_length": 3})
+            write_jsonl(tmp_path / "exp/data" / corpus / f"{split}_formatted.jsonl", rows)
+    overlay = {
+        "optim_conf": {"lr": 0.003}, "scheduler_conf": {"warmup_steps": 2},
+        "train_conf": {"max_epoch": 3, "keep_nbest_models": 2, "avg_nbest_model": 2, "log_interval": 1},
+        "dataset_conf": {"batch_size": 700, "num_workers": 0},
+    }  # fmt: skip
+    for stage in STAGES:
+        (tmp_path / "overlays").mkdir(exist_ok=True)
+        (tmp_path / "overlays" / f"{stage}.yaml").write_text(yaml.safe_dump(overlay))
+    return tmp_path
+
+
+def start(experiment: Path, stages: str, **options) -> subprocess.Popen:
+    """run_experiment.sh in a process of its own; option names as on its command line."""
+    options = {
+        "exp_output": experiment / "exp", "model": experiment / "model folder", "python": sys.executable,
+        "stage_overlay_dir": experiment / "overlays", **options,
+    }  # fmt: skip
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    clean = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
+    return subprocess.Popen(
+        ["bash", "run_experiment.sh", *stages.split(), *flags], cwd=ROOT, env=clean, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(*machines: subprocess.Popen) -> list[str]:
+    said = [machine.communicate(timeout=900)[0] for machine in machines]
+    for machine, text in zip(machines, said, strict=True):
+        assert machine.returncode == 0, text[-4000:]
+    return said
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def check_stage(folder: Path, modules: set[str]) -> str:
+    """Two processes trained it, what should have moved did, and the model is whole; return train.log."""
+    described = json.loads((folder / "run.json").read_text())
+    assert described["processes"] == 2
+    assert set(described["checked"]["moved_tensors"]) == modules
+    averaged = torch.load(folder / "averaged.pt")["state_dict"]
+    assert all(torch.isfinite(tensor).all() for tensor in averaged.values())
+    return (folder / "train.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Stages 1 to 3, two processes each."""
+    experiment = prepare(tmp_path_factory.mktemp("two processes"))
+    finish(start(experiment, "1 3", ngpu=2, master_port=free_port()))
+    return experiment / "exp/exp/8k_telephone"
+
+
+def test_each_stage_trains_on_two_processes_of_one_machine(trained):
+    for stage, modules in STAGES.items():
+        log = check_stage(trained / stage, modules)
+        assert "train, rank: 0" in log and "train, rank: 1" in log
+
+
+def test_tensorboard_shows_the_losses_of_every_stage(trained):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for stage in STAGES:
+        events = event_accumulator.EventAccumulator(str(trained / stage / "tensorboard")).Reload()
+        for curve in ("rank0_loss/train", "rank0_lr/train", "stats_rank0_acc/val"):
+            assert events.Scalars(curve), f"{stage}: {curve} is empty"
+
+
+def test_two_machines_train_together_and_one_of_them_keeps_the_books(tmp_path):
+    experiment = prepare(tmp_path)
+    both = {"nnodes": 2, "ngpu": 1, "master_addr": "127.0.0.1", "master_port": free_port()}
+    machines = [start(experiment, "1 2", node_rank=rank, **both) for rank in (0, 1)]
+    finish(*machines)
+    for stage in list(STAGES)[:2]:
+        log = check_stage(experiment / "exp/exp/8k_telephone" / stage, STAGES[stage])
+        assert "train, rank: 0" in log
+    assert "train, rank: 1" in (experiment / "exp/logs/stage1.machine1.log").read_text()
+    again = finish(start(experiment, "1 2", node_rank=1, **both))
+    assert "nothing to do" in again[0]

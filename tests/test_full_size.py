@@ -1,0 +1,71 @@
+"""The recipe fits the released model: its geometry is built from FunASR's classes, without memory for the weights."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import UserError
+from download_model import build_without_weights, check_model, read_config
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import full_size  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return full_size.build_folder(tmp_path_factory.mktemp("Fun-ASR-Nano-2512"))
+
+
+def millions(counts: dict[str, int]) -> dict[str, float]:
+    return {name: round(count / 1e6, 2) for name, count in counts.items()}
+
+
+@pytest.mark.parametrize(("stage", "expected"), [
+    ("stage1_encoder_adapt", {"audio_encoder": 221.14}),
+    ("stage2_adapter_align", {"audio_adaptor": 12.60, "ctc_decoder": 8.02, "ctc": 31.04}),
+    ("stage3_lora_domain", {"lora": 2.29}),
+])  # fmt: skip
+def test_each_stage_trains_its_module_of_the_real_model(folder, stage, expected):
+    model = build_without_weights(folder, full_size.stage_config(folder, stage))
+    assert millions(full_size.count_trainable(model)) == expected
+
+
+def test_the_whole_model_has_the_published_size(folder):
+    model = build_without_weights(folder, read_config(folder))
+    sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_children()}
+    assert millions(sizes)["llm"] == 596.05
+    assert sum(sizes.values()) == pytest.approx(0.87e9, rel=0.01)
+
+
+def released(folder: Path) -> dict[str, torch.Tensor]:
+    """Tensors as ModelScope's model.pt holds them: the LLM in bf16, the rest in fp32; shapes only."""
+    state = build_without_weights(folder, read_config(folder)).state_dict()
+    return {name: tensor.to(torch.bfloat16) if name.startswith("llm.") else tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("with_ctc", [True, False])
+def test_a_checkpoint_of_the_released_layout_is_accepted_with_and_without_ctc(folder, with_ctc):
+    state = released(folder)
+    if not with_ctc:
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(("ctc.", "ctc_decoder."))}
+    torch.save({"state_dict": state}, folder / "model.pt")
+    checked = check_model(folder)
+    assert checked["ctc"] is with_ctc
+    assert sum(checked["parameters"].values()) == pytest.approx(0.87e9, rel=0.01)
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("audio_encoder.tp_encoders.19.norm1.weight", "lacks 1 tensors"),
+    ("llm.model.layers.27.self_attn.q_proj.weight", "another shape"),
+])  # fmt: skip
+def test_one_missing_or_misshapen_tensor_of_hundreds_is_refused_by_name(folder, name, message):
+    state = released(folder)
+    tensor = state.pop(name)
+    if "shape" in message:
+        state[name] = torch.empty(2 * tensor.shape[0], tensor.shape[1], device="meta")
+    torch.save({"state_dict": state}, folder / "model.pt")
+    with pytest.raises(UserError, match=message) as refused:
+        check_model(folder)
+    assert name in str(refused.value)

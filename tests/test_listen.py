@@ -1,0 +1,73 @@
+"""`make listen`: one page that holds what it shows, every kind of line before and after."""
+
+import base64
+import html
+import io
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+import audio
+import listen
+from test_telephone import speech
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(folder, *more):
+    command = [sys.executable, str(ROOT / "local/listen.py"), "--output", "out/index.html", *more]
+    command += ["--config", str(ROOT / "conf/telephone_channel.yaml")]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("listen")
+    rows = [{"key": "<b>gone", "source": "nowhere.wav", "target": "x"}]
+    for number in range(3):
+        audio.write(folder / f"{number}.wav", 0.5 * speech(2, seed=number), 16000)
+        rows.append({"key": f"<b>{number}", "source": f"{number}.wav", "target": "你好 <script>"})
+    (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = run(folder, "--input", "in.jsonl")
+    assert done.returncode == 0, done.stderr
+    return folder, (folder / "out/index.html").read_text(encoding="utf-8")
+
+
+def test_every_kind_has_both_sounds_and_both_spectrograms(page):
+    _, text = page
+    assert len(listen.KINDS) >= 12
+    sounds = re.findall(r'src="data:audio/flac;base64,([^"]+)"', text)
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
+    assert len(sounds) == len(pictures) == 2 * len(listen.KINDS)
+    assert len(set(sounds[1::2])) == len(listen.KINDS)
+    for before, after in zip(sounds[::2], sounds[1::2], strict=True):
+        (x, fs), (y, _) = (soundfile.read(io.BytesIO(base64.b64decode(sound))) for sound in (before, after))
+        assert fs == 16000 and x.size == y.size == 32000
+        power = np.abs(np.fft.rfft(y)) ** 2
+        assert power[power.size // 2 + 1000 :].sum() < 1e-4 * power.sum()  # a telephone has nothing above 4 kHz
+    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
+    titles = [title for title, _, _ in listen.KINDS]
+    assert list(map(html.unescape, re.findall("<h2>(.*?)</h2>", text))) == titles
+
+
+def test_the_page_needs_no_network_and_runs_nothing_from_a_corpus(page):
+    folder, text = page
+    assert not re.search(r'(src|href)="(?!data:)', text)
+    assert "<script" not in text and "<b>" not in text and "&lt;script&gt;" in text
+    first = (folder / "out/index.html").read_bytes()
+    assert run(folder, "--input", "in.jsonl").returncode == 0
+    assert (folder / "out/index.html").read_bytes() == first
+
+
+def test_a_corpus_without_speech_is_one_line(page):
+    folder, _ = page
+    (folder / "none.jsonl").write_text(json.dumps({"key": "x", "source": "nowhere.wav", "target": "x"}) + "\n")
+    done = run(folder, "--input", "none.jsonl")
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: --input none.jsonl")
+    assert run(folder, "--input", "no.jsonl").returncode == 2

@@ -1,0 +1,134 @@
+"""ONLINE_CHANNEL=1 in training: FunASR's dataset with a fresh channel per epoch, for the rows meant for it alone."""
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import audio
+import nano.dataset
+from common import write_json, write_jsonl
+from nano.miniature import build_folder
+from telephone import noise, online
+from telephone.channel import load_config
+from test_telephone import CONF, speech
+from test_training import ALPHABET, SMALL, build, helper
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Frontend and tokenizer of a miniature model, four rows for the channel and one for replay, their settings."""
+    folder = tmp_path_factory.mktemp("online")
+    model = build(build_folder(folder / "model", ALPHABET, SMALL, seed=1))
+    rows, pool = [], []
+    for number in range(5):
+        path = folder / f"{number}.wav"
+        audio.write(path, 0.5 * speech(1.5 + number / 10, seed=number), 16000)
+        user = f"语音转写：<|startofspeech|>!{path}<|endofspeech|>"
+        messages = [("system", "You are a helpful assistant."), ("user", user), ("assistant", "一二三")]
+        rows.append({
+            "key": f"u{number}", "messages": [{"role": role, "content": content} for role, content in messages],
+            "speech_length": 150 + 10 * number, "text_length": 3,
+        } | ({"channel": {"online": str(folder / "channel.json")}} if number < 4 else {}))  # fmt: skip
+        pool.append(noise.Recording(f"u{number}", str(path)))
+    settings = {"config": load_config(CONF), "seed": 5, "output_fs": 16000, "pool": pool, "noises": []}
+    write_json(folder / "channel.json", settings)
+    return folder, model.kwargs, rows
+
+
+def dataset(parts, rows=None, is_training=True, **conf):
+    folder, kwargs, given = parts
+    write_jsonl(folder / "list.jsonl", rows or given)
+    conf = {**kwargs["dataset_conf"], "prompt_classes": None, "batch_type": "example", "data_split_num": 1, **conf}
+    pieces = {name: kwargs[name] for name in ("frontend", "tokenizer")}
+    return nano.dataset.FunASR(str(folder / "list.jsonl"), is_training=is_training, **pieces, **conf)
+
+
+@pytest.fixture
+def with_channel(monkeypatch):
+    monkeypatch.setattr(nano.dataset.FunASR, "channel", staticmethod(online.simulate))
+
+
+def features(data):
+    return [data[number]["speech"][0] for number in range(len(data))]
+
+
+def test_an_epoch_has_the_features_of_the_calls_stage_0_writes(parts, with_channel, tmp_path):
+    folder, _, rows = parts
+    data = dataset(parts, cache_gib=1.0)
+    seen = []
+    for data.epoch in (0, 1, 0):
+        written = []
+        for row in rows:
+            samples, fs = audio.read(folder / f"{row['key'][1:]}.wav")
+            if "channel" in row:
+                samples = online.simulate(str(folder / "channel.json"), row["key"], samples, fs, data.epoch)
+            path = tmp_path / f"{data.epoch}{row['key']}.flac"
+            audio.write(path, samples, fs)
+            messages = [dict(message) for message in row["messages"]]
+            messages[1]["content"] = f"语音转写：<|startofspeech|>!{path}<|endofspeech|>"
+            written.append({"key": row["key"], "messages": messages, "speech_length": 150, "text_length": 3})
+        online_now, offline = features(data), features(dataset(parts, written))
+        assert all(torch.equal(a, b) for a, b in zip(online_now, offline, strict=True))
+        seen.append(online_now)
+        write_jsonl(folder / "list.jsonl", rows)
+    assert not any(torch.equal(a, b) for a, b in zip(seen[0][:4], seen[1][:4], strict=True))
+    # A replay row stays as it is, and it alone is kept in memory.
+    assert torch.equal(seen[0][4], seen[1][4]) and list(data.cache) == [4]
+
+
+def test_the_epoch_reaches_worker_processes(parts, with_channel):
+    data = dataset(parts)
+    data.epoch = 7
+    here = features(data)
+    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2)
+    assert all(torch.equal(a, b["speech"][0]) for a, b in zip(here, loader, strict=True))
+
+
+def test_rows_for_the_channel_are_never_used_without_it(parts, monkeypatch):
+    with pytest.raises(ValueError, match="drawn in training"):
+        dataset(parts)
+    monkeypatch.setattr(nano.dataset.FunASR, "channel", staticmethod(online.simulate))
+    with pytest.raises(ValueError, match="dev rows"):
+        dataset(parts, is_training=False)
+    with pytest.raises(RuntimeError, match="u0.*no epoch"):
+        dataset(parts)[0]
+
+
+def test_a_channel_that_fails_stops_training_and_says_where(parts, monkeypatch):
+    folder, _, rows = parts
+    monkeypatch.setattr(nano.dataset.FunASR, "channel", staticmethod(online.simulate))
+    data = dataset(parts, [rows[0] | {"channel": {"online": str(folder / "nowhere.json")}}])
+    data.epoch = 0
+    with pytest.raises(RuntimeError, match="u0.*nowhere.json"):
+        data[0]
+    monkeypatch.setattr(nano.dataset.FunASR, "channel", staticmethod(lambda *_: np.zeros(3, np.float32)))
+    data = dataset(parts)
+    data.epoch = 0
+    with pytest.raises(RuntimeError, match="u0.*made"):
+        data[0]
+
+
+def test_a_stage_trains_online_in_workers_and_stops_where_the_settings_are_gone(parts, tmp_path):
+    folder, _, rows = parts
+    dev = [{name: value for name, value in row.items() if name != "channel"} for row in rows]
+    gone = [row | {"channel": {"online": str(tmp_path / "gone.json")}} for row in rows]
+    for name, listed in (("train", rows), ("dev", dev), ("gone", gone)):
+        write_jsonl(tmp_path / f"{name}.jsonl", listed)
+    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump({
+        "optim_conf": {"lr": 0.003}, "scheduler_conf": {"warmup_steps": 2},
+        "train_conf": {"max_epoch": 2, "keep_nbest_models": 1, "avg_nbest_model": 1, "log_interval": 1},
+        "dataset_conf": {"batch_type": "example", "batch_size": 4, "num_workers": 2},
+    }))  # fmt: skip
+    arguments = [
+        "--stage_conf", "conf/stage1_encoder_adapt.yaml", "--overlay", tmp_path / "overlay.yaml",
+        "--model_dir", folder / "model", "--init_checkpoint", folder / "model/model.pt",
+        "--valid_list", tmp_path / "dev.jsonl",
+    ]  # fmt: skip
+    trained = helper("train.py", *arguments, "--train_list", tmp_path / "train.jsonl", "--output_dir", tmp_path / "a")
+    assert trained.returncode == 0 and (tmp_path / "a/averaged.pt").is_file(), trained.stderr[-2000:]
+    stopped = helper("train.py", *arguments, "--train_list", tmp_path / "gone.jsonl", "--output_dir", tmp_path / "b")
+    assert stopped.returncode != 0 and "gone.json" in stopped.stderr and not (tmp_path / "b/averaged.pt").exists()
+    before = helper("check_training.py", "before", *arguments, "--train_list", tmp_path / "gone.jsonl",
+                    "--output_dir", tmp_path / "b")  # fmt: skip
+    assert before.returncode == 1 and "gone.json" in before.stderr.splitlines()[-1]

@@ -1,0 +1,222 @@
+"""A call becomes a dialogue: what is said, by whom and when, whatever the recording is, with the prompt asked for."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+import transcribe
+from common import UserError
+from demo_corpus import open_espeak
+from nano.inference import Recogniser, Utterance, read_conf
+from nano.miniature import build_folder
+from telephone.resample import resample
+
+ROOT = __file__.rsplit("/tests/", 1)[0]
+CONF = read_conf(f"{ROOT}/conf/decode.yaml") | {"max_new_tokens": 20}
+TEXTS = ["您好我的订单号是一二三四", "您的账户已经逾期了", "我要退款"]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+    size = {"encoder_dim": 64, "encoder_blocks": 1, "llm_dim": 64, "llm_layers": 2, "llm_head_dim": 16, "llm_ffn": 96}
+    return build_folder(tmp_path_factory.mktemp("model") / "mini", "".join(TEXTS), size)
+
+
+@pytest.fixture(scope="module")
+def recogniser(model_dir):
+    return Recogniser(model_dir, "cpu")
+
+
+@pytest.fixture(scope="module")
+def vad():
+    return transcribe.load_vad()
+
+
+@pytest.fixture(scope="module")
+def spoken():
+    """Three sentences at 8 kHz."""
+    with open_espeak() as speak:
+        return [resample(speak(text, "m3", 150, 50), 22050, 8000) for text in TEXTS]
+
+
+def join(pieces, pause=1.5):
+    """Samples of the pieces with pauses of line noise around them, and where each begins and ends, in seconds."""
+    gap, spans, length = int(8000 * pause), [], 0
+    for piece in pieces:
+        spans.append(((length + gap) / 8000, (length + gap + len(piece)) / 8000))
+        length += gap + len(piece)
+    call = np.concatenate([part for piece in pieces for part in (np.zeros(gap, np.float32), piece)] + [np.zeros(gap)])
+    return (call + 1e-3 * np.random.default_rng(0).standard_normal(len(call))).astype(np.float32), spans
+
+
+def helper(*arguments):
+    command = [sys.executable, "local/transcribe.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_speech_is_found_where_it_is_and_cut_at_pauses(vad, spoken):
+    call, spans = join(spoken)
+    found = transcribe.find_speech(call, 8000, vad)
+    assert len(found) == len(spans)
+    for (start, end), (first, last) in zip(found, spans, strict=True):
+        assert abs(start - first) < 0.4 and abs(end - last) < 0.4
+    at_16k = transcribe.find_speech(resample(call, 8000, 16000), 16000, vad)
+    np.testing.assert_allclose(at_16k, found, atol=0.1)
+
+
+def test_no_piece_is_longer_than_half_a_minute_and_none_of_the_speech_is_lost(vad, spoken):
+    call = np.concatenate(spoken * 6)
+    found = transcribe.find_speech(call, 8000, vad)
+    assert len(call) > 40 * 8000 and max(end - start for start, end in found) <= 30.5
+    assert sum(end - start for start, end in found) > 0.9 * len(call) / 8000
+
+
+def test_where_nobody_speaks_nothing_is_transcribed(vad, recogniser, tmp_path):
+    hum = 0.05 * np.sin(np.arange(8 * 8000) * 2 * np.pi * 50 / 8000)
+    soundfile.write(tmp_path / "hum.wav", hum, 8000)
+    dialogue = transcribe.transcribe(tmp_path / "hum.wav", recogniser, vad, "语音转写：", CONF)
+    assert dialogue == {"seconds": 8.0, "channels": 1, "segments": []} and transcribe.as_text(dialogue) == ""
+
+
+def test_the_text_is_that_of_the_upsampled_piece_alone(vad, recogniser, spoken, tmp_path):
+    call, _ = join(spoken)
+    soundfile.write(tmp_path / "call.wav", call, 8000, subtype="ALAW")
+    prompt = recogniser.prompt()
+    dialogue = transcribe.transcribe(tmp_path / "call.wav", recogniser, vad, prompt, CONF)
+    samples = resample(soundfile.read(tmp_path / "call.wav", dtype="float32")[0], 8000, 16000)
+    for segment in dialogue["segments"]:
+        piece = samples[round(16000 * segment["start"]) : round(16000 * segment["end"])]
+        assert [segment["text"]] == recogniser.transcribe([Utterance("alone", piece, prompt)], 20)
+    assert len({segment["text"] for segment in dialogue["segments"]}) > 1  # or this test shows nothing
+
+
+def test_two_channels_are_two_speakers_of_one_dialogue_in_the_order_of_time(vad, recogniser, spoken, tmp_path):
+    agent, _ = join([spoken[0], spoken[2]], pause=3.0)
+    client = np.zeros_like(agent)
+    answer = int(8000 * 3.5) + len(spoken[0])  # half a second after the agent's first sentence
+    client[answer : answer + len(spoken[1])] = spoken[1]
+    soundfile.write(tmp_path / "call.flac", np.stack([agent, client], axis=1), 8000)
+    dialogue = transcribe.transcribe(tmp_path / "call.flac", recogniser, vad, recogniser.prompt(), CONF)
+    assert [segment["channel"] for segment in dialogue["segments"]] == [0, 1, 0]
+    starts = [segment["start"] for segment in dialogue["segments"]]
+    assert starts == sorted(starts) and abs(starts[1] - answer / 8000) < 0.4
+    for segment in dialogue["segments"]:
+        segment["text"] = "好"
+    lines = transcribe.as_text(dialogue).splitlines()
+    assert [re.fullmatch(r"\[0:00:\d\d\.\d\d - 0:00:\d\d\.\d\d\] ([AB]): 好", line)[1] for line in lines] == list("ABA")
+
+
+def test_a_mono_call_that_fills_both_channels_is_transcribed_once(spoken, tmp_path):
+    both = np.stack([spoken[0], spoken[0] + 1e-4], axis=1)
+    soundfile.write(tmp_path / "mono.wav", both, 8000)
+    assert len(transcribe.read_channels(tmp_path / "mono.wav")) == 1
+    soundfile.write(tmp_path / "stereo.wav", np.stack([spoken[0], 0 * spoken[0]], axis=1), 8000)
+    assert len(transcribe.read_channels(tmp_path / "stereo.wav")) == 2
+
+
+@pytest.mark.parametrize(("suffix", "options"), [
+    (".wav", {"subtype": "ULAW"}), (".wav", {"subtype": "GSM610"}), (".mp3", {}), (".ogg", {"subtype": "OPUS"}),
+    (".amr", "amr_nb"),
+])
+def test_what_stage_0_reads_is_transcribed_as_well(vad, spoken, tmp_path, suffix, options):
+    path, (call, spans) = tmp_path / f"call{suffix}", join(spoken[:1])
+    if options == "amr_nb":
+        import av
+
+        with av.open(str(path), "w", format="amr") as container:
+            stream = container.add_stream("libopencore_amrnb", rate=8000, layout="mono")
+            stream.bit_rate = 12200
+            frame = av.AudioFrame.from_ndarray((call * 32767).astype(np.int16)[None], format="s16", layout="mono")
+            frame.sample_rate = 8000
+            container.mux([*stream.encode(frame), *stream.encode(None)])
+    else:
+        soundfile.write(path, call, 8000, **options)
+    (samples, rate), = transcribe.read_channels(path)
+    (start, end), = transcribe.find_speech(samples, rate, vad)
+    assert abs(start - spans[0][0]) < 0.4 and abs(end - spans[0][1]) < 0.4
+
+
+def test_hot_words_and_way_of_writing_reach_the_model_as_funasr_itself_would_send_them(model_dir, recogniser, spoken):
+    from funasr import AutoModel
+
+    samples = resample(spoken[0], 8000, 16000)
+    stock = AutoModel(model=str(model_dir), disable_update=True, device="cpu", ctc_decoder=None,
+                      frontend_conf={"dither": 0.0})
+    texts = {}
+    for hotwords in ((), ("退款", "逾期")):
+        for itn in (True, False):
+            recogniser.auto_model.kwargs["itn"] = itn  # what the folder's config.yaml says
+            texts[hotwords, itn], = recogniser.transcribe([Utterance("x", samples, recogniser.prompt(hotwords))], 30)
+            expected = stock.generate(torch.from_numpy(samples), hotwords=list(hotwords), itn=itn, max_length=30)
+            assert texts[hotwords, itn] == expected[0]["text"]
+    del recogniser.auto_model.kwargs["itn"]
+    assert len(set(texts.values())) > 2  # the prompt does make a difference to this model
+
+
+def test_hot_words_come_from_the_line_or_from_a_keyword_list(tmp_path):
+    (tmp_path / "words.txt").write_text("# comment\n逾期|预期\n退款  # often\n\n", "utf-8")
+    assert transcribe.read_hotwords(str(tmp_path / "words.txt")) == ["逾期", "退款"]
+    assert transcribe.read_hotwords("逾期, 退款，账单,") == ["逾期", "退款", "账单"]
+    assert transcribe.read_hotwords("") == []
+
+
+def test_recordings_are_found_in_folders_and_lists(tmp_path):
+    for name in ("a/1.wav", "a/2.MP3", "3.flac", "notes.txt", "a/data.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert sorted(transcribe.find_recordings(tmp_path)) == ["3.flac", "a/1.wav", "a/2.MP3"]
+    assert list(transcribe.find_recordings(tmp_path / "3.flac")) == ["3.flac"]
+    (tmp_path / "wav.scp").write_text(f"call-1 {tmp_path}/a/1.wav\n\ncall-2 a b.wav\n", "utf-8")
+    assert {key: str(path) for key, path in transcribe.find_recordings(tmp_path / "wav.scp").items()} == {
+        "call-1": f"{tmp_path}/a/1.wav", "call-2": "a b.wav"}
+    (tmp_path / "wav.scp").write_text("call-1 sox x.wav -t wav - |\n", "utf-8")
+    with pytest.raises(UserError, match="not a command"):
+        transcribe.find_recordings(tmp_path / "wav.scp")
+
+
+def test_the_vad_leaves_the_recognisers_threads_alone():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    transcribe.load_vad()
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(before)
+
+
+def test_a_folder_is_transcribed_broken_files_are_named_and_a_second_run_keeps_what_is_there(
+    model_dir, spoken, tmp_path
+):
+    calls, out = tmp_path / "calls", tmp_path / "out"
+    calls.mkdir()
+    soundfile.write(calls / "good.wav", join(spoken[:2])[0], 8000)
+    (calls / "broken.wav").write_bytes(b"RIFF nothing")
+    command = ["--audio", calls, "--model_dir", model_dir, "--output_dir", out]
+    done = helper(*command)
+    assert done.returncode == 1 and "1 of 2 recordings cannot be read, first broken.wav" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and "good.wav" in done.stdout
+    assert sorted(path.name for path in out.iterdir()) == ["good.wav.json", "good.wav.txt"]
+    dialogue = json.loads((out / "good.wav.json").read_text("utf-8"))
+    assert [segment.keys() for segment in dialogue["segments"]] == [{"channel", "start", "end", "text"}] * 2
+    assert (out / "good.wav.txt").read_text("utf-8") == transcribe.as_text(dialogue)
+    (calls / "broken.wav").unlink()
+    written = (out / "good.wav.json").stat().st_mtime_ns
+    assert helper(*command).returncode == 0 and (out / "good.wav.json").stat().st_mtime_ns == written
+    assert helper(*command, "--hotwords", "退款").returncode == 0  # another prompt: transcribed again
+    again = json.loads((out / "good.wav.json").read_text("utf-8"))
+    assert again["hotwords"] == ["退款"] and (out / "good.wav.json").stat().st_mtime_ns != written
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--audio", "/nowhere.wav", "--model_dir", "conf"], "/nowhere.wav does not exist"),
+    (["--audio", "conf", "--model_dir", "conf"], "holds no recordings"),
+    (["--audio", "README.md", "--model_dir", "conf"], "run stage 5 first"),
+])
+def test_a_wrong_command_is_one_line(tmp_path, arguments, message):
+    done = helper(*arguments, "--output_dir", tmp_path / "out")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr
+    assert not (tmp_path / "out").exists()
