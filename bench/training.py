@@ -30,7 +30,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "local"))
 
-from training_run import ALPHABET, STAGES, Run, build_folder, clock, needed_flops  # noqa: E402
+import full_size  # noqa: E402
+from training_run import Run, build_folder, clock, needed_flops  # noqa: E402
 
 import audio  # noqa: E402
 from common import UserError, run, write_json, write_jsonl  # noqa: E402
@@ -50,7 +51,7 @@ def write_corpus(folder: Path, name: str, scale: float, seconds: float) -> Path:
     rows: list[dict[str, Any]] = []
     for number in range(math.ceil(seconds / (scale * lengths).sum()) * 48):
         path, length = files[number % 48]
-        text = "".join(rng.choice(list(ALPHABET), max(1, int(3 * length))))
+        text = "".join(rng.choice(list(full_size.ALPHABET), max(1, int(3 * length))))
         user = f"语音转写：<|startofspeech|>!{path}<|endofspeech|>"
         messages = [("system", "You are a helpful assistant."), ("user", user), ("assistant", text)]
         rows.append({
@@ -134,23 +135,22 @@ def ratios(row: dict[str, Any]) -> dict[str, float]:
 
 def bench_decoding(corpus: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Greedy decoding, 3 tokens a second: one utterance at a time as FunASR does with a CTC branch, beside batches."""
-    import yaml
+    from decode import utterance
+    from nano import inference
 
-    import decode
-
-    conf = yaml.safe_load((ROOT / "conf" / "decode.yaml").read_text("utf-8"))
+    conf = inference.read_conf(ROOT / "conf" / "decode.yaml")
     rows = [json.loads(line) for line in corpus.read_text("utf-8").splitlines()]
-    ours = decode.Recogniser(folder, args.device)
+    ours = inference.Recogniser(folder, args.device)
     # Noise of random weights does not end by itself: every hypothesis runs to its limit.
     ours.auto_model.model.llm.generation_config.eos_token_id = None
     rates: dict[str, list[float]] = {"stock": [], "stock_largest": [], "ours": []}
     single = rows[:: len(rows) // 4][:4]
-    many = list(decode.batches(rows[: 4 * conf["batch_size"]], conf["batch_size"], conf["batch_seconds"]))
+    many = list(inference.batches(rows[: 4 * conf["batch_size"]], conf["batch_size"], conf["batch_seconds"]))
     for _ in range(args.rounds):
         for name, batches in (("stock", [[row] for row in single]), ("ours", [many[0], many[len(many) // 2]])):
             began = clock(args.device)
             for batch in batches:
-                ours.transcribe(batch, 512, 3.0)
+                ours.transcribe([utterance(row, 16000) for row in batch], 512, 3.0)
             seconds = sum(row["speech_length"] for batch in batches for row in batch) / 100
             rates[name].append(seconds / (clock(args.device) - began))
     middle = {name: round(statistics.median(values), 1) if values else None for name, values in rates.items()}
@@ -231,7 +231,7 @@ def main() -> None:
         corpus = write_corpus(args.work, name, 1.0 if gpu else 0.2, (30 if gpu else 9) * args.most_tokens / 100)
         for number in args.stages:
             began = time.monotonic()
-            bench = [*(functools.partial(bench_stage, stage) for stage in STAGES), bench_decoding][number - 1]
+            bench = [*(functools.partial(bench_stage, stage) for stage in full_size.STAGES), bench_decoding][number - 1]
             row = bench(corpus, folder, args)
             rows.append({**facts, **row, "took_seconds": round(time.monotonic() - began, 1)})
             write_json(args.output, rows)  # what is measured is kept if the next one fails

@@ -21,24 +21,9 @@ from funasr.train_utils.trainer_ds import Trainer as StockTrainer
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = ("stage1_encoder_adapt", "stage2_adapter_align", "stage3_lora_domain")
-ALPHABET = "您好请问订单号是多少一二三四五六七八九零"
 NAMES = (("model_classes", "FunASRNano"), ("dataset_classes", "FunASR"), ("frontend_classes", "WavFrontend"),
          ("batch_sampler_classes", "BatchSampler"))  # fmt: skip
 WARM_UP = 2
-# What the released config.yaml and Qwen3-0.6B's config.json say where the miniature's say something smaller.
-GEOMETRY = {
-    "size": {"encoder_dim": 512, "encoder_blocks": 50, "encoder_ffn": 2048, "adaptor_ffn": 2048, "ctc_ffn": 2048,
-             "llm_dim": 1024},
-    "audio_encoder_conf": {"tp_blocks": 20}, "audio_adaptor_conf": {"downsample_rate": 1, "n_layer": 2},
-    "ctc_decoder_conf": {"n_layer": 5}, "ctc_vocab_size": 60515,
-}  # fmt: skip
-QWEN3 = {
-    "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
-    "max_position_embeddings": 40960, "rope_theta": 1000000,
-}  # fmt: skip
-
 
 def classes(names=NAMES) -> dict[tuple[str, str], Any]:
     return {(table, name): getattr(tables, table)[name] for table, name in names}
@@ -47,6 +32,8 @@ def classes(names=NAMES) -> dict[tuple[str, str], Any]:
 import funasr  # noqa: E402, F401  fills the registry
 
 STOCK = classes()
+import full_size  # noqa: E402
+
 import nano.dataset  # noqa: E402
 import nano.frontend  # noqa: E402
 import nano.model  # noqa: E402, F401
@@ -58,17 +45,10 @@ OURS = classes()
 
 def build_folder(path: Path, full: bool) -> Path:
     """The miniature's folder, or one of the released model's geometry without weights: random ones are drawn."""
-    miniature.build_folder(path, ALPHABET)
-    if full:
-        from transformers import Qwen3Config
-
-        (path / "model.pt").unlink()
-        config = OmegaConf.merge(OmegaConf.load(miniature.CONFIG), GEOMETRY)
-        Qwen3Config(**QWEN3).save_pretrained(path / miniature.LLM_FOLDER)
-        OmegaConf.resolve(config)
-        del config["size"]
-        OmegaConf.save(config, path / "config.yaml")
-    return path
+    if not full:
+        return miniature.build_folder(path, full_size.ALPHABET)
+    path.mkdir(parents=True, exist_ok=True)
+    return full_size.build_folder(path)
 
 
 def clock(device: str) -> float:

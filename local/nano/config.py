@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,12 @@ def effective(stage: dict[str, Any], model_dir: Path, fs: int) -> dict[str, Any]
 
     config = copy.deepcopy(stage) | {"model": str(model_dir), "hub": "ms", "disable_update": True}
     config.setdefault("frontend_conf", {})["fs"] = fs
+    dataset = config.setdefault("dataset_conf", {})
+    # batch_size alone sizes a batch: upstream's limit of ten utterances makes batches of short turns tiny.
+    dataset.setdefault("batch_size_sample_max", 10**6)
+    # Features are made by the workers: as many as there are cores for each process, up to what a GPU can use.
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    dataset.setdefault("num_workers", max(1, min(16, cores)))
     if not torch.cuda.is_available():
         # CPUs have no fast bf16 path for this model.
         config.setdefault("train_conf", {})["use_bf16"] = False
