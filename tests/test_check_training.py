@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -155,6 +156,11 @@ def test_a_folder_without_ctc_vocabulary_or_llm_is_refused_by_name(refused, mode
 def test_without_a_fbank_library_training_is_refused(refused, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "no fbank library" in refused()[0]
+
+
+def test_a_relative_model_folder_is_as_good_as_an_absolute_one(model_dir, monkeypatch):
+    monkeypatch.chdir(model_dir.parent)
+    assert effective({}, Path(model_dir.name), 16000)["llm_conf"]["init_param_path"] == str(model_dir / "Qwen3-0.6B")
 
 
 @pytest.fixture(scope="module")
