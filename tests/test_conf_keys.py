@@ -1,0 +1,120 @@
+"""Every key of channel, filter and decoding YAML is alive; the keys of training are those of test_keys.py."""
+
+import copy
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import yaml
+
+import metrics
+from corpus_filter import LIMITS, TextRules, find_problem
+from mini import ROOT
+from nano.config import flat_keys
+from telephone.channel import PROBABILITY, SCHEMA, draw, load_config
+
+CHANNEL = ROOT / "conf" / "telephone_channel.yaml"
+NAMES = [f"{section}.{name}" for section, names in SCHEMA.items() for name in names]
+# Whatever the YAML's own shares: everything that can happen does, in some of the draws.
+EVERYTHING = {
+    "noise.probability": 1.0, "room.probability": 1.0, "packet_loss.probability": 1.0, "line.noise_probability": 1.0,
+    "line.hum_probability": 1.0, "line.echo_probability": 1.0,
+}
+
+
+def two_values(allowed: tuple) -> list:
+    """Two ends of what a key may be: never and always, low and high, one name and another."""
+    if allowed == PROBABILITY:
+        return [0.0, 1.0]
+    if isinstance(allowed[0], str):
+        return [{name: 1.0} for name in allowed[:2]]
+    low, high = allowed
+    return [[low, low + (high - low) / 4], [high - (high - low) / 4, high]]
+
+
+def plans(key: str, value) -> list[dict]:
+    config = load_config(CHANNEL)
+    for name, setting in [*EVERYTHING.items(), (key, value)]:
+        section, item = name.split(".")
+        config[section][item] = setting
+    return [{**draw(config, 0, f"utterance {number}"), "draw": None} for number in range(400)]
+
+
+@pytest.mark.parametrize("key", [name for name in NAMES if name != "noise.own_file_probability"])
+def test_a_key_of_the_channel_changes_what_is_drawn(key):
+    section, name = key.split(".")
+    one, other = (plans(key, value) for value in two_values(SCHEMA[section][name]))
+    assert one != other
+
+
+@pytest.mark.parametrize("share", [0.25, 0.75])
+def test_own_recordings_take_their_share_of_the_noise(tmp_path, share):
+    config = yaml.safe_load(CHANNEL.read_text())
+    config["noise"]["own_file_probability"] = share
+    (tmp_path / "channel.yaml").write_text(yaml.safe_dump(config))
+    assert load_config(tmp_path / "channel.yaml", own_noise=True)["noise"]["kind"]["file"] == share
+
+
+def test_the_channel_yaml_holds_every_key_and_no_other():
+    given = yaml.safe_load(CHANNEL.read_text())
+    given.pop("presets")
+    assert {f"{section}.{name}" for section, names in given.items() for name in names} == set(NAMES)
+
+
+# --- data_filter.yaml
+
+FILTER = yaml.safe_load((ROOT / "conf" / "data_filter.yaml").read_text())
+TEXT = "Ａbc，好的。"
+
+
+@pytest.mark.parametrize(("key", "values"), [("case", ["lower", "upper"]), ("punctuation", ["keep", "remove"])])
+def test_a_key_of_the_text_policy_changes_the_text(key, values):
+    texts = []
+    for value in values:
+        config = copy.deepcopy(FILTER)
+        config["text"][key] = value
+        texts.append(TextRules(config).normalise(TEXT))
+    assert texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("key", FILTER["train_only"])
+def test_a_limit_drops_a_row_or_does_not(key):
+    row, facts = {"key": "k", "source": "s"}, {"hash": "h"} | {what: 5.0 for _reason, what, _unit in LIMITS.values()}
+    limit = {True: 4.0, False: 6.0}[key.startswith("max")]
+    assert find_problem(row, facts, set(), {}, {key: limit})[0] == LIMITS[key][0]
+    assert find_problem(row, facts, set(), {}, {key: 10.0 - limit}) is None
+
+
+@pytest.mark.parametrize("number", range(len(FILTER["rules"])))
+def test_every_rule_is_what_drops_its_examples(number):
+    without = copy.deepcopy(FILTER)
+    rule = without["rules"].pop(number)
+    why = [TextRules(FILTER).reason(example) for example in rule["drops"]]
+    assert all(why)
+    assert why != [TextRules(without).reason(example) for example in rule["drops"]]
+
+
+# --- decode.yaml
+
+DECODE = yaml.safe_load((ROOT / "conf" / "decode.yaml").read_text())
+
+
+def test_batches_are_cut_by_both_keys():
+    from nano.inference import batches
+
+    rows = [{"key": str(number), "speech_length": 100 * number} for number in range(1, 9)]
+    sizes = [[len(batch) for batch in batches(rows, size, seconds)] for size, seconds in [(2, 600), (4, 600), (4, 10)]]
+    assert all(one != other for one, other in pairwise(sizes))
+
+
+def test_numerals_and_resamples_change_the_score():
+    assert metrics.normalise("12", True) != metrics.normalise("12", False)
+    clusters, errors, lengths = np.arange(20), np.arange(20) % 3, np.full(20, 5)
+    assert metrics.bootstrap(clusters, errors, lengths, 3) != metrics.bootstrap(clusters, errors, lengths, 2000)
+
+
+def test_decode_yaml_holds_the_keys_that_are_read_and_no_other():
+    from nano.inference import read_conf
+
+    read = set(read_conf(ROOT / "conf" / "decode.yaml")) | {"chinese_numerals", "bootstrap_resamples"}
+    assert flat_keys(DECODE) == read
