@@ -90,7 +90,7 @@ prepare_data() {
   prepare_corpus raw wideband simulated_8k_telephone "$RAW_16K_TRAIN" "$RAW_16K_DEV" "$RAW_16K_TEST"
   prepare_corpus real telephone real_8k_telephone "$REAL_8K_TRAIN" "$REAL_8K_DEV" "$REAL_8K_TEST"
   local simulate=("$PYTHON" local/data_simulation.py --config "$CHANNEL_CONF" --output_fs "$FRONTEND_FS"
-    --seed "$SEED" "${LIMIT[@]}" "${WORKERS[@]}" "${DASK[@]}")
+    --seed "$SEED" "${LIMIT[@]}" "${WORKERS[@]}")
   for split in train dev test; do
     "${simulate[@]}" --input "$WORK/raw_$split.jsonl" --output "$WORK/simulated_$split.jsonl" --output_audio_dir \
       "$SIM/audio" ${BG_NOISE_SCP:+--bg_noise_scp "$BG_NOISE_SCP"} ${on[$split$ONLINE_CHANNEL]:+--online}
@@ -127,7 +127,7 @@ prepare_corpus() {  # NAME BAND FOLDER TRAIN DEV TEST -> work/NAME_{train,dev,te
 
 convert() {  # IN OUT AUDIO_DIR [--do_upsample]
   "${PREPARE[@]}" convert --input "$1" --output "$2" --output_audio_dir "$3" --output_fs "$FRONTEND_FS" \
-    --tokenizer "$MODEL_DIR/Qwen3-0.6B" --text_style "$TEXT_STYLE" "${LIMIT[@]}" "${WORKERS[@]}" "${DASK[@]}" "${@:4}"
+    --tokenizer "$MODEL_DIR/Qwen3-0.6B" --text_style "$TEXT_STYLE" "${LIMIT[@]}" "${WORKERS[@]}" "${@:4}"
 }
 
 # --- stages 1-3: training -------------------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ main() {
   TEST_DATA=({"$SIM","$REAL","$WIDE"}/{dev,test}_formatted.jsonl "$DATA/no_speech/test_formatted.jsonl")
   NAMES=("" stage1_encoder_adapt stage2_adapter_align stage3_lora_domain)
   PREPARE=("$PYTHON" local/prepare_training_data.py) LIMIT=(--max_reject_ratio "$MAX_REJECT_RATIO")
-  WORKERS=(--num_workers "${NUM_WORKERS:-$(nproc)}") DASK=(${DASK_SCHEDULER:+--dask_scheduler "$DASK_SCHEDULER"})
+  WORKERS=(--num_workers "${NUM_WORKERS:-$(nproc)}" ${DASK_SCHEDULER:+--dask_scheduler "$DASK_SCHEDULER"})
   mkdir -p "$EXP_OUTPUT" || exit 1
   # Everything started from here inherits the lock, so what a killed run left behind still holds it.
   exec 9>"$EXP_OUTPUT/.lock$NODE_RANK"

@@ -2,20 +2,17 @@
 
     python bench/stage0.py [--output exp_output/bench/stage0.json] [--segments 24]
 
-Speaks a corpus in the plan's proportions (16 kHz segments of 55 s, and 8 kHz calls, 4 % of the hours) and runs
-`bash run_experiment.sh 0` on few and on many rows of it, with one worker and with one for each core. Only what the
-additional rows take is counted, so start-up is not. It errs to the slow side: the babble pool, the report and
-`validate` look at 200 to 300 rows of a corpus and no more, so here at all of them.
+Runs `bash run_experiment.sh 0` on few and many rows of a spoken corpus (55 s segments, 4 % calls) and counts what the
+additional rows take. It errs to the slow side: the report and `validate` look at 200 rows at most, so here at all.
 """
 
 import argparse
 import os
 import platform
-import resource
+import re
 import subprocess
 import sys
 import tempfile
-import time
 from importlib import metadata
 from pathlib import Path
 
@@ -31,10 +28,9 @@ from nano.miniature import build_folder  # noqa: E402
 from telephone.resample import resample  # noqa: E402
 
 PLAN = {"hours": 1200, "workers": 64, "took_hours": [4, 6]}
-# name: (voices, kind of sentences, seconds of a recording, rate, suffix)
+# Kind of sentences, seconds of a recording, rate, suffix.
 RAW, REAL = ("wideband", 55.0, 16000, "flac"), ("calls", 8.5, 8000, "wav")
-FEW = 4  # segments of the small run
-ROWS = 1_000, 100_000
+FEW, ROWS = 4, (1_000, 100_000)  # segments of the small run; rows of manifests
 # A process of its own: a child's peak starts at the size of the process that it was forked from.
 PEAK = """import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True)
@@ -45,17 +41,16 @@ CORES = len(os.sched_getaffinity(0))
 def speak_set(folder: Path, name: str, count: int, kind: str, seconds: float, rate: int, suffix: str) -> list[dict]:
     """Speak recordings of `seconds` each; return their rows."""
     sentences = yaml.safe_load((ROOT / "data/demo_sentences.yaml").read_text(encoding="utf-8"))[kind]
-    voices = VOICES["train" if name.endswith("train") else "test"].split()
-    rows = []
+    voices, rows = VOICES["train" if name.endswith("train") else "test"].split(), []
     with open_espeak() as speak:
         for i in range(count):
-            rng, texts, parts = generator(0, f"{name}-{i}"), [], []
+            key, texts, parts = f"{name}-{i}", [], []
+            rng = generator(0, key)
             while sum(map(len, parts)) < seconds * 22050:
                 texts.append(fill(str(rng.choice(sentences)), rng))
                 parts.append(speak(texts[-1], voices[i % len(voices)], 150, 50))
-            path = folder / name / f"{i}.{suffix}"
+            path = folder / name / f"{key}.{suffix}"
             audio.write(path, resample(np.concatenate(parts)[: round(seconds * 22050)], 22050, rate), rate)
-            key = f"{name}-{i}"
             rows.append({"key": key, "source": str(path), "target": "，".join(texts), "speaker": key})
     return rows
 
@@ -84,29 +79,26 @@ def run_stage(folder: Path, size: int, workers: int) -> np.ndarray:
                for name in ("raw_16k", "real_8k") for split, part in (("train", f"_{size}"), ("dev", ""))}
     options |= {"exp_output": output, "num_workers": workers, "python": sys.executable, "max_reject_ratio": 0}
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    clock, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = os.times()
     done = subprocess.run(["bash", "run_experiment.sh", "0", *words], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    processors = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return np.array([time.perf_counter() - clock, processors])
+    took = np.subtract(os.times(), start)  # user, system, the children's user and system, the clock
+    return np.array([took[4], took[2] + took[3]])
 
 
 def throughput(folder: Path, lengths: dict[int, float]) -> dict:
     """Audio seconds a second with one worker and with all cores, and the hours projected to more cores."""
     few, many = lengths
-    seconds, took, busy = lengths[many] - lengths[few], {}, {}
+    seconds, took = lengths[many] - lengths[few], {}
     for workers in sorted({1, CORES}):
-        clock, processors = run_stage(folder, many, workers) - run_stage(folder, few, workers)
-        took[workers], busy[workers] = float(clock), float(processors)
-        print(f"{workers} workers: {seconds:.0f} s of audio, {clock:.1f} s, {processors:.1f} core-seconds", flush=True)
+        took[workers], busy = (run_stage(folder, many, workers) - run_stage(folder, few, workers)).tolist()
+        print(f"{workers} workers: {seconds:.0f} s of audio, {took[workers]:.1f} s, {busy:.1f} of a core", flush=True)
     # What more workers do not make faster shows from two counts of them; one core alone cannot tell.
     serial = max(0.0, (CORES * took[CORES] - took[1]) / (CORES - 1)) if CORES > 1 else 0.0
     hours = {n: PLAN["hours"] / seconds * (serial + (took[1] - serial) / n) for n in (2, 16, 64)}
     return {"x_realtime": {workers: seconds / clock for workers, clock in took.items()},
-            "x_realtime_per_core_second": {workers: seconds / processors for workers, processors in busy.items()},
-            "serial_share": serial / took[1], "projected_hours": hours}
+            "x_realtime_per_core": seconds / busy, "serial_share": serial / took[1], "projected_hours": hours}
 
 
 def peak_memory(folder: Path) -> dict:
@@ -119,44 +111,38 @@ def peak_memory(folder: Path) -> dict:
         cuts = {"filter": lambda i: {"start": i / 100, "end": i / 100 + 0.2}, "convert": lambda i: {}}
         row = {"target": "你好", "source": f"{name}.wav"}
         write_jsonl(folder / "rows.jsonl", (row | cuts[name](i) | {"key": f"row-{i:06d}"} for i in range(count)))
-        command = [sys.executable, "local/prepare_training_data.py", name, "--input", str(folder / "rows.jsonl"),
-                   "--output", str(folder / "out.jsonl")]
-        command += ["--tokenizer", str(folder / "model/Qwen3-0.6B")] if name == "convert" else []
-        done = subprocess.run([sys.executable, "-c", PEAK, *command], cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, "-c", PEAK, sys.executable, "local/prepare_training_data.py", name,
+                   "--input", folder / "rows.jsonl", "--output", folder / "out.jsonl"]
+        command += ["--tokenizer", folder / "model/Qwen3-0.6B"] if name == "convert" else []
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
         peaks[name][count] = int(done.stdout) / 1024
-        print(f"{name}, {count} rows: {peaks[name][count]:.0f} MiB", flush=True)
     return peaks
-
-
-def machine() -> dict:
-    """What the figures depend on besides the code."""
-    with open("/proc/cpuinfo") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    versions = {name: metadata.version(name) for name in ("av", "joblib", "numpy", "scipy", "soundfile", "soxr")}
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    return {"processor": (names or [platform.machine()])[0], "cores": CORES,
-            "versions": versions | {"python": platform.python_version()}, "commit": commit.stdout.strip()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "exp_output/bench/stage0.json", help="JSON to write.")
-    parser.add_argument("--segments", type=int, default=24, help="Segments of 55 s in the large run.")
+    parser.add_argument("--segments", type=int, default=24, help="16 kHz segments of the large run.")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="stage0_bench_") as name:
         lengths, said = speak_corpus(Path(name), args.segments)
         build_folder(Path(name) / "model", "".join(sorted(set(said))))
-        result = machine() | throughput(Path(name), lengths) | {"plan": PLAN, "peak_mib": peak_memory(Path(name))}
+        result = throughput(Path(name), lengths) | {"plan": PLAN, "peak_mib": peak_memory(Path(name))}
+    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    result |= {"machine": name[1] if name else platform.machine(), "cores": CORES, "commit": commit.stdout.strip()}
+    result["versions"] = {name: metadata.version(name) for name in ("av", "joblib", "numpy", "soundfile", "soxr")}
     write_json(args.output, result)
-    print(f"\nstage 0 on {result['processor']}, {CORES} cores, commit {result['commit']}")
+    print(f"\nstage 0 on {result['machine']}, {CORES} cores, commit {result['commit']}")
     for workers, speed in result["x_realtime"].items():
         print(f"{workers:>8} workers  {speed:8.1f} x real time")
     for cores, hours in result["projected_hours"].items():
         print(f"{cores:>8} cores    {hours:8.1f} h for {PLAN['hours']} h of audio (projected)")
     print(f"{PLAN['workers']:>8} workers  {'-'.join(map(str, PLAN['took_hours'])):>8} h in the plan's own run")
-    for name, (low, high) in ((name, peaks.values()) for name, peaks in result["peak_mib"].items()):
+    for name, peaks in result["peak_mib"].items():
+        low, high = peaks.values()
         print(f"{name:>8}  {low:.0f} MiB for {ROWS[0]} rows, {high:.0f} for {ROWS[1]}: {high / low - 1:+.1%}")
 
 

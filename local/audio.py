@@ -204,7 +204,9 @@ def _decode_pyav(path: str) -> tuple[np.ndarray, int]:
 def _decode_sox(path: str) -> tuple[np.ndarray, int]:
     if not shutil.which("sox"):
         raise ValueError("sox is not installed")
-    command = ["sox", "-V1", path, "-t", "wav", "-e", "float", "-b", "32", "-"]
+    if path.lower().endswith((".m3u", ".pls")):
+        raise ValueError("a playlist; SoX would fetch what it names from the network")
+    command = ["sox", "-V1", os.path.abspath(path), "-t", "wav", "-e", "float", "-b", "32", "-"]
     done = subprocess.run(command, capture_output=True, check=False)
     if done.returncode:
         raise ValueError(done.stderr.decode(errors="replace").strip() or "sox failed")

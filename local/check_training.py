@@ -164,8 +164,7 @@ def check_room(model: torch.nn.Module, config: dict[str, Any], output_dir: Path,
     need = (size + 8 * trained) * (train.get("keep_nbest_models", 500) + 2) + size
     need -= sum(file.stat().st_size for file in output_dir.glob("model.pt.ep*"))
     folder = next(parent for parent in (output_dir, *output_dir.absolute().parents) if parent.exists())
-    free = shutil.disk_usage(folder).free
-    if free < need:
+    if (free := shutil.disk_usage(folder).free) < need:
         raise UserError(f"{folder}: {free / 2**30:.1f} GiB free, the checkpoints take {need / 2**30:.1f}; lower "
                         "train_conf.keep_nbest_models or free space")  # fmt: skip
     batch = dataset["batch_size"] * (longest if dataset.get("batch_type") == "example" else 1)
@@ -184,9 +183,8 @@ def gpu_bytes(model: torch.nn.Module, config: dict[str, Any], frames: int, longe
     encoder, llm = config["audio_encoder_conf"], model.llm.config
     seen, tokens = frames / 6, frames / 20  # encoder frames; a speech token per 48, and text and prompt
     # What backward needs of each layer in fp32 (norms, projections, feed-forward, upstream's matrix of scores).
-    layer = 11 * encoder["output_size"] + 3 * encoder["linear_units"]
-    if not config.get("fused_attention"):
-        layer += 3 * encoder["attention_heads"] * longest / 6
+    scores = 0 if config.get("fused_attention") else 3 * encoder["attention_heads"] * longest / 6
+    layer = 11 * encoder["output_size"] + 3 * encoder["linear_units"] + scores
     layers = encoder["num_blocks"] + encoder.get("tp_blocks", 0)
     heard = seen * layer * layers * 4 * any(p.requires_grad for p in model.audio_encoder.parameters())
     said = tokens * llm.num_hidden_layers * (12 * llm.hidden_size + 3 * llm.intermediate_size) * 4

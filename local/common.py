@@ -145,10 +145,12 @@ def parallel(
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     with _dask(dask_scheduler) if dask_scheduler else contextlib.nullcontext(num_workers) as workers:
-        # Neighbours go to one worker, which decodes a long call once for all its segments.
-        job = joblib.Parallel(workers, return_as="generator", batch_size=batch_size, pre_dispatch="64*n_jobs")
+        # Neighbours go to one worker, which decodes a long call once for all its segments. joblib reads on however
+        # many results wait to be taken: what it is given at a time bounds them.
+        job = joblib.Parallel(workers, return_as="generator", batch_size=batch_size, pre_dispatch="all")
         try:
-            yield from job(joblib.delayed(function)(item) for item in items)
+            for part in batches(items, 256 * workers):
+                yield from job(joblib.delayed(function)(item) for item in part)
         except TerminatedWorkerError as error:
             raise UserError(
                 "a worker was killed by the system (out of memory?); finished files are kept: "
@@ -171,10 +173,11 @@ def _dask(address: str) -> Iterator[int]:
 
     try:
         client = Client(address, timeout=10)
-    except (OSError, TimeoutError) as error:
-        raise UserError(f"no Dask scheduler at {address}: {error}", code=2) from error
+        client.wait_for_workers(1, timeout=60)
+    except (OSError, TimeoutError, ValueError) as error:  # ValueError: no address at all
+        raise UserError(f"no Dask scheduler with workers at {address}: {error}", code=2) from error
     folder = os.path.dirname(os.path.abspath(__file__))
-    with client, joblib.parallel_config(backend="dask"):
+    with client, joblib.parallel_config(backend="dask", wait_for_workers_timeout=60):
         # The cluster must see this folder and the output's. The scheduler unpickles tasks too: without the path
         # it fails in silence, and joblib waits for ever.
         client.run_on_scheduler(site.addsitedir, folder)

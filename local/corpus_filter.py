@@ -22,7 +22,7 @@ import yaml
 
 import audio
 from common import UserError, parallel, progress
-from corpus import Entry, count_rows, filtered_rows, open_ledger, read_rows, segment, unique
+from corpus import Entry, Seen, count_rows, filtered_rows, open_ledger, read_rows, segment, unique
 
 CJK = "々〇\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff\U00020000-\U0003134f"
 WIDE = CJK + "\u3001\u3002，！？：；（）《》「」『』【】…"
@@ -118,19 +118,19 @@ def filter_corpus(args: argparse.Namespace) -> None:
     rules = TextRules.load(args.conf)
     limits = train_limits(args, rules)
     others = read_others(args.against)
-    heard: set[int] = set()
+    heard = Seen()
     wrong = 0
     check_text = args.filter_annotation_error == "true"
     entries = unique(_apply_text(entry, rules, check_text) for entry in read_rows(args.input))
     with open_ledger(args.output, args.max_reject_ratio) as ledger:
-        inspected = parallel(inspect, entries, args.num_workers)
+        inspected = parallel(inspect, entries, args.num_workers, args.dask_scheduler)
         for entry, facts in progress(inspected, count_rows(args.input), f"filter {args.split}"):
             if entry.row is None:
                 ledger.reject(entry.given, entry.reason, entry.detail)
             elif problem := find_problem(entry.row, facts, heard, others, limits):
                 ledger.reject(entry.given, *problem)
             else:
-                heard.add(hash(facts["hash"]))
+                heard.add(facts["hash"])
                 wrong += args.expect_band not in (None, facts["band"])
                 measured = {"seconds": round(facts["seconds"], 3), "audio_hash": facts["hash"], "band": facts["band"]}
                 ledger.keep(entry.row | measured)
@@ -203,10 +203,10 @@ def inspect(entry: Entry) -> tuple[Entry, dict[str, Any]]:
 
 
 def find_problem(
-    row: dict[str, Any], facts: dict[str, Any], heard: set[int], others: dict, limits: dict[str, float]
+    row: dict[str, Any], facts: dict[str, Any], heard: Seen, others: dict, limits: dict[str, float]
 ) -> tuple[str, str] | None:
     """Reason and detail of what earlier audio, other sets or a limit have against a row, or None."""
-    if hash(facts["hash"]) in heard:
+    if facts["hash"] in heard:
         return "duplicate_audio", f"the same audio came before under another key: {row['source']}"
     for what, value in _identities(row, facts["hash"]):
         if (what, value) in others:

@@ -156,7 +156,7 @@ def model_card(args: argparse.Namespace, summary: list[dict[str, Any]]) -> str:
         facts = ", ".join(f"{name} {record.get(name)}" for name in ("rows_per_epoch", "seed", "commit"))
         lines.append(f"- {path.parent.name}: {facts}")
     lines += [
-        f"- checkpoint {args.checkpoint.name}, sha256 {file_hash(args.checkpoint)}; frontend at {args.frontend_fs} Hz",
+        f"- checkpoint {args.checkpoint.name}, sha256 {file_hash(args.checkpoint)}…; frontend at {args.frontend_fs} Hz",
         "", "## Limits", "",
         "- The numbers hold for calls like those of the test sets. Other lines, handsets, dialects and topics differ.",
         "- It can write text where nobody speaks (the last column) and can repeat itself; guard against both.", "",

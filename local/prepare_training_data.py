@@ -162,6 +162,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--against", nargs="*", default=[], help="Rows of other sets: what shares audio, call or speaker is dropped.")
     add("--expect_band", choices=("wideband", "telephone"), help="Warn of rows whose spectrum says otherwise.")
     add("--num_workers", type=int, default=cores, help="Worker processes.")
+    add("--dask_scheduler", help="Run on this Dask cluster (tcp://host:port) instead of local processes.")
 
     add = commands.add_parser("convert", help="Write rows and audio in the form training reads.").add_argument
     add("--input", required=True, help="JSONL of filtered or simulated rows, or a Kaldi data directory.")

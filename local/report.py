@@ -86,7 +86,8 @@ def judge(summary: list[dict[str, Any]], max_wideband_loss: float) -> dict[str, 
         note = f"of {final['keyword_occurrences']} spoken; precision {percent(final['keyword_precision'])} %"
         cards.append(compare(f"Keywords missed, {SETS[calls]}", pairs[calls], "kwer", 0, note))
     if "wideband_test" in pairs:
-        note = f"a rise is what was forgotten; {100 * max_wideband_loss:.2f} points are allowed"
+        change = 100 * (pairs["wideband_test"][1]["cer"] - pairs["wideband_test"][0]["cer"])
+        note = f"what was forgotten: {change:+.2f} points; {100 * max_wideband_loss:.2f} are allowed"
         cards.append(compare("CER, wideband speech", pairs["wideband_test"], "cer", max_wideband_loss, note))
     notes = []
     if "no_speech" in pairs:

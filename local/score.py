@@ -138,9 +138,9 @@ def pooled_cer(rows: list[dict[str, Any]], model: str, *test_sets: str) -> float
 def choose_alpha(rows: list[dict[str, Any]], max_wideband_loss: float) -> dict[str, Any]:
     """The alpha of lowest telephone CER on dev among those that lose at most `max_wideband_loss` on wideband dev.
 
-    When every alpha loses more, the one that loses least. Without wideband dev, telephone alone decides.
-    Returns the choice, the reason, and the whole curve.
+    When every alpha loses more, the one that loses least. Returns the choice, the reason, and the whole curve.
     """
+    base = pooled_cer(rows, "base", "wideband_dev")
     curve = [
         {
             "model": name, "alpha": float(name.removeprefix("alpha_")),
@@ -150,15 +150,11 @@ def choose_alpha(rows: list[dict[str, Any]], max_wideband_loss: float) -> dict[s
         for name in {row["model"] for row in rows} if name.startswith("alpha_")
     ]
     curve.sort(key=lambda point: point["alpha"])
-    if not curve or any(point["telephone_cer"] is None for point in curve):
-        raise UserError("some model alpha_* or all of them lack telephone scores; score simulated_dev or real_dev")
-    base = pooled_cer(rows, "base", "wideband_dev")
-    allowed, reason = curve, "lowest telephone CER on dev; wideband dev was not scored"
-    if base is not None and all(point["wideband_cer"] is not None for point in curve):
-        allowed = [point for point in curve if point["wideband_cer"] <= base + max_wideband_loss + 1e-12]
-        reason = f"lowest telephone CER on dev among those that lose at most {max_wideband_loss:.2%} wideband CER"
-    if allowed:
+    if base is None or not curve or any(None in point.values() for point in curve):
+        raise UserError("--choose needs wideband_dev, and simulated_dev or real_dev, of base and of models alpha_*")
+    if allowed := [point for point in curve if point["wideband_cer"] <= base + max_wideband_loss + 1e-12]:
         chosen = min(allowed, key=lambda point: point["telephone_cer"])
+        reason = f"lowest telephone CER on dev among those that lose at most {max_wideband_loss:.2%} wideband CER"
     else:
         chosen = min(curve, key=lambda point: point["wideband_cer"])
         reason = f"every alpha loses more than {max_wideband_loss:.2%} wideband CER; this one loses least"

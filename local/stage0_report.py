@@ -48,8 +48,7 @@ def check_files(paths: list[str], fs: int, check_all: bool) -> Iterator[str]:
         total, keys = count_rows(path) if os.path.isfile(path) else 0, set[int]()
         for number, row in enumerate(progress(read_jsonl(path), total, f"validate {name}"), 1):
             where = f"{path}:{number}"
-            problem = structure_problem(row, role)
-            if problem:
+            if problem := structure_problem(row, role):
                 yield f"{where}: {problem}"
                 continue
             if hash(row["key"]) in keys:
@@ -61,8 +60,7 @@ def check_files(paths: list[str], fs: int, check_all: bool) -> Iterator[str]:
                 owner = owners.setdefault(hash((place, what, str(value))), role) if value else role
                 if owner != role:
                     yield f"{where}: {what} {value!r:.100} is in {owner} too"
-            problem = audio_problem(row, fs, check_all or hash_share(row["key"]) * total < SAMPLE)
-            if problem:
+            if problem := audio_problem(row, fs, check_all or hash_share(row["key"]) * total < SAMPLE):
                 yield f"{where}: {problem}"
         if not keys:
             yield f"{path}: no valid rows"
@@ -72,15 +70,15 @@ def structure_problem(row: dict[str, Any], role: str) -> str | None:
     """What is wrong with a row's fields, or None."""
     if not isinstance(row.get("key"), str) or not row["key"]:
         return "no key"
-    try:
-        roles = [message["role"] for message in row["messages"]]
-        texts = [message["content"] for message in row["messages"]]
-    except (KeyError, TypeError):
-        return "messages is not a list of objects with role and content"
-    if roles != ["system", "user", "assistant"] or not all(isinstance(text, str) for text in texts):
-        return "messages are not texts of system, user, assistant"
-    if not USER.fullmatch(texts[1]):
-        return "the user message has no <|startofspeech|>!/absolute/path<|endofspeech|>"
+    match row.get("messages"):
+        case [
+            {"role": "system", "content": str()}, {"role": "user", "content": str(user)},
+            {"role": "assistant", "content": str()},
+        ] if USER.fullmatch(user):
+            pass
+        case _:
+            return ("messages are not texts of system, user, assistant, the user's with "
+                    "<|startofspeech|>!/absolute/path<|endofspeech|>")
     for name in ("speech_length", "text_length"):
         # FunASR leaves out rows without text: fine in a test set of no speech, a loss in training.
         least = 0 if name == "text_length" and role == "test" else 1
@@ -91,11 +89,9 @@ def structure_problem(row: dict[str, Any], role: str) -> str | None:
 
 def audio_problem(row: dict[str, Any], fs: int, measure: bool) -> str | None:
     """What is wrong with a row's audio, or None; without `measure` only whether it exists."""
-    path = audio_path(row)
-    if not os.path.isfile(path):
-        return f"{path} does not exist"
+    path, frames = audio_path(row), row["speech_length"]
     if not measure:
-        return None
+        return None if os.path.isfile(path) else f"{path} does not exist"
     try:
         plain = audio.length(path).plain
         samples, rate = audio.read(path)
@@ -103,9 +99,8 @@ def audio_problem(row: dict[str, Any], fs: int, measure: bool) -> str | None:
         return str(error)
     if rate != fs or not plain:
         return f"{path} is not mono PCM at {fs} Hz (it is at {rate} Hz)"
-    if len(samples) * 100 // fs != row["speech_length"]:
-        return f"speech_length {row['speech_length']}, but {path} has {len(samples) * 100 // fs} frames"
-    return None
+    found = len(samples) * 100 // fs
+    return None if found == frames else f"speech_length {frames}, but {path} has {found} frames"
 
 
 def audio_path(row: dict[str, Any]) -> str:

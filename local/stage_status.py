@@ -40,6 +40,7 @@ LOG_LINE = re.compile(
     r"(?P<step>\d+)/(?P<steps>\d+).*?\(loss_avg_slice: (?P<loss>[^)]+)\).*?\(acc_avg_slice: (?P<acc>[^)]+)\)"
     r".*?'total_time': '(?P<seconds>[^']+)'.*?peak: (?P<gpu>[\d.]+) GB"
 )
+CLOCK = "%Y-%m-%d %H:%M:%S"
 KALDI_FILES = ("wav.scp", "text", "segments", "utt2spk")
 
 
@@ -116,10 +117,9 @@ def check(root: str, stage: int, now: dict, force: bool = False, refuse: bool = 
         return MUST_REDO, "redone, as --force true asks" + (f" (changed: {'; '.join(changed)})" if changed else "")
     if changed:
         if refuse:
-            raise UserError(
-                f"stage {stage} was {marker['state']} on {marker['time']} with other inputs: {'; '.join(changed)}; "
-                "take the change back, or redo the stage with --force true (the old folder is moved aside)"
-            )
+            raise UserError(f"stage {stage} was {marker['state']} on {marker['time']} with other inputs: "
+                            f"{'; '.join(changed)}; take the change back, or redo the stage with --force true (the old "
+                            "folder is moved aside)")  # fmt: skip
         return MUST_REDO, f"redone, changed: {'; '.join(changed)}"
     if marker["state"] == "started":
         return MUST_RUN, f"goes on from where it stopped (started {marker['time']})"
@@ -131,7 +131,7 @@ def check(root: str, stage: int, now: dict, force: bool = False, refuse: bool = 
 
 def start(root: str, stage: int, now: dict, pid: int) -> None:
     """Write down that a stage began, with what it reads."""
-    marker = {"state": "started", "time": _clock(), "began": time.time(), "pid": pid, **now}
+    marker = {"state": "started", "time": time.strftime(CLOCK), "began": time.time(), "pid": pid, **now}
     write_json(marker_path(root, stage), marker)
 
 
@@ -144,7 +144,7 @@ def done(root: str, stage: int, outputs: list[str]) -> dict[str, Any]:
         if not os.path.isfile(path) or os.path.getsize(path) == 0:
             raise UserError(f"stage {stage} ended without writing {path}; its log says why")
     marker |= {
-        "state": "done", "seconds": round(time.time() - marker["began"], 1), "time": _clock(),
+        "state": "done", "seconds": round(time.time() - marker["began"], 1), "time": time.strftime(CLOCK),
         "outputs": {path: os.path.getsize(path) for path in outputs},
         "counts": {
             os.path.relpath(path, root).removeprefix("data/").removesuffix(".jsonl").removesuffix("_formatted"):
@@ -186,17 +186,14 @@ def error_rates(root: str) -> dict[str, str]:
 def show(root: str) -> str:
     """The state of every stage, and how each training goes, as Markdown tables."""
     lines = [
-        f"# Status of the experiment in {root}", "", f"Written {_clock()} by `make status`.", "",
+        f"# Status of the experiment in {root}", "", f"Written {time.strftime(CLOCK)} by `make status`.", "",
         "| stage | what | state | when | took | rows, or CER on test |", "|---|---|---|---|---|---|",
     ]
     trainings, rates = [], error_rates(root)
     for stage, what in STAGES.items():
-        marker = read_marker(root, stage)
-        if marker is None:
-            lines.append(f"| {stage} | {what} | not run | | | |")
-            continue
-        running = marker["state"] != "done" and bool(marker["pid"]) and psutil.pid_exists(marker["pid"])
-        state = "done" if marker["state"] == "done" else "running" if running else "stopped; run it again"
+        marker = read_marker(root, stage) or {"state": "not run", "time": "", "pid": 0}
+        running = marker["state"] == "started" and bool(marker["pid"]) and psutil.pid_exists(marker["pid"])
+        state = "running" if running else marker["state"].replace("started", "stopped; run it again")
         models = ("base", "final") if stage == 4 else (f"stage{stage}",)
         details = [f"{model}: {rates[model]}" for model in models if model in rates]
         details = details or [f"{name} {count:,}" for name, count in marker.get("counts", {}).items()]
@@ -209,10 +206,6 @@ def show(root: str) -> str:
         lines += ["", "| stage | epoch | training loss, first to now | fallen (target 30 %) | accuracy on dev | audio "
                   "seconds a second | GPU peak, GB | left, at most |", "|---|---|---|---|---|---|---|---|", *trainings]
     return "\n".join(lines) + "\n"
-
-
-def _clock() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
 def main() -> None:

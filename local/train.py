@@ -30,7 +30,14 @@ def build_config(args: argparse.Namespace) -> dict[str, Any]:
     """The model folder's config.yaml, over it the stage's YAMLs, over all of it what the command line says."""
     import torch
 
-    config = effective(read_stage([args.stage_conf, *args.overlay]), args.model_dir, args.frontend_fs)
+    stage = read_stage([args.stage_conf, *args.overlay])
+    dataset = stage.setdefault("dataset_conf", {})
+    # batch_size alone sizes a batch: upstream's limit of ten utterances makes batches of short turns tiny.
+    dataset.setdefault("batch_size_sample_max", 10**6)
+    # Features are made by the workers: as many as there are cores for each process, up to what a GPU can use.
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    dataset.setdefault("num_workers", max(1, min(16, cores)))
+    config = effective(stage, args.model_dir, args.frontend_fs)
     config |= {
         "init_param": str(args.init_checkpoint),
         "train_data_set_list": str(args.train_list),

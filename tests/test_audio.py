@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 
 import av
@@ -141,15 +142,28 @@ def test_what_is_no_audio_has_a_reason(tmp_path):
     (tmp_path / "folder.wav").mkdir()
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 8000)
     soundfile.write(tmp_path / "nan.wav", np.array([0, np.nan, 0]), 8000, subtype="FLOAT")
-    (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1:9/a.ts\n#EXT-X-ENDLIST\n")
     for name, reason in [
         ("text.wav", "audio_unreadable"), ("zero.wav", "audio_unreadable"), ("folder.wav", "audio_missing"),
         ("none.wav", "audio_missing"), ("empty.wav", "audio_empty"), ("nan.wav", "audio_not_finite"),
-        ("list.m3u8", "audio_unreadable"), ("a\0b", "audio_missing"),
+        ("a\0b", "audio_missing"),
     ]:
         with pytest.raises(audio.AudioError) as caught:
             audio.read(tmp_path / name)
         assert caught.value.reason == reason, name
+
+
+@pytest.mark.parametrize("name", ["list.m3u8", "list.m3u", "LIST.PLS"])
+def test_a_playlist_opens_no_address(tmp_path, name):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/a.wav"
+        (tmp_path / name).write_text({"m3u8": f"#EXTM3U\n#EXTINF:1,\n{url}\n#EXT-X-ENDLIST\n", "m3u": f"{url}\n"}.get(
+            name.split(".")[1], f"[playlist]\nFile1={url}\n"))
+        with pytest.raises(audio.AudioError) as caught:
+            audio.read(tmp_path / name)
+        assert caught.value.reason == "audio_unreadable"
+        with pytest.raises(BlockingIOError):
+            server.accept()
 
 
 # --- writing

@@ -8,18 +8,18 @@ import yaml
 import audio
 import nano.dataset
 from common import write_json, write_jsonl
-from nano.miniature import build_folder
+from mini import make_model
 from telephone import noise, online
 from telephone.channel import load_config
 from test_telephone import CONF, speech
-from test_training import ALPHABET, SMALL, build, helper
+from test_training import build, helper
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     """Frontend and tokenizer of a miniature model, four rows for the channel and one for replay, their settings."""
     folder = tmp_path_factory.mktemp("online")
-    model = build(build_folder(folder / "model", ALPHABET, SMALL, seed=1))
+    model = build(make_model(folder / "model"))
     rows, pool = [], []
     for number in range(5):
         path = folder / f"{number}.wav"

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 
 import audio
 from common import UserError
-from corpus import group_rows, read_rows
+from corpus import Seen, group_rows, read_rows
 from corpus_filter import TextRules, spoken_length
 from prepare_training_data import main, text_lengths
 
@@ -288,6 +289,19 @@ def test_malformed_input_through_the_command_line(tmp_path, corpus):
     done = command("filter", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "o.jsonl", "--num_workers", 2)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert (len(read_lines(tmp_path / "o.jsonl")), len(read_lines(tmp_path / "rejected_o.jsonl"))) == (6, 5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 6000).map(str), max_size=40), st.integers(0, 5000))
+def test_a_compact_set_is_a_set(texts, before):
+    seen, expected = Seen(), {str(i) for i in range(before)}
+    for text in expected:
+        seen.add(text)
+    for text in texts:
+        assert (text in seen) == (text in expected)
+        if text not in seen:
+            seen.add(text)
+            expected.add(text)
 
 
 # --- Kaldi
@@ -643,15 +657,25 @@ def test_changed_settings_or_input_after_a_kill_redo_the_files(tmp_path, corpus)
 def test_a_dask_cluster_writes_the_same_bytes(tmp_path, corpus):
     source = write_lines(tmp_path / "in.jsonl", many(corpus, 200))
     assert start_convert(tmp_path / "local", source, "--num_workers", 2).wait() == 0
+    for nowhere in ("tcp://127.0.0.1:1", "no address"):
+        process = start_convert(tmp_path / "none", source, "--dask_scheduler", nowhere)
+        _, log = process.communicate(timeout=120)
+        assert process.returncode == 2 and "error: no Dask scheduler" in log and "Traceback" not in log, log
     dask = str(Path(sys.executable).with_name("dask"))
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "cwd": tmp_path}
-    address = f"tcp://127.0.0.1:{random.randrange(20000, 60000)}"
+    port = random.randrange(20000, 60000)
+    address = f"tcp://127.0.0.1:{port}"
     cluster = [subprocess.Popen([dask, "scheduler", "--host", address, "--no-dashboard"], **quiet)]
     cluster += [subprocess.Popen([dask, "worker", address, "--nthreads", "1", "--no-dashboard"], **quiet) for _ in "ab"]
     try:
-        time.sleep(5)
+        deadline = time.time() + 120
+        while socket.socket().connect_ex(("127.0.0.1", port)) and time.time() < deadline:
+            time.sleep(0.2)
         process = start_convert(tmp_path / "dask", source, "--dask_scheduler", address)
-        assert process.wait(timeout=120) == 0, process.stderr.read()
+        assert process.wait(timeout=300) == 0, process.stderr.read()
+        for name, options in (("here", []), ("there", ["--dask_scheduler", address])):
+            words = ["--input", write_lines(tmp_path / "few.jsonl", corpus), "--output", tmp_path / f"{name}.jsonl"]
+            assert command("filter", *words, *options).returncode == 0
     finally:
         for part in reversed(cluster):
             part.terminate()
@@ -659,3 +683,4 @@ def test_a_dask_cluster_writes_the_same_bytes(tmp_path, corpus):
     assert same_tree(tmp_path / "local/audio", tmp_path / "dask/audio")
     texts = [(tmp_path / name / "train_formatted.jsonl").read_text() for name in ("local", "dask")]
     assert texts[0].replace("/local/", "/dask/") == texts[1]
+    assert (tmp_path / "here.jsonl").read_bytes() == (tmp_path / "there.jsonl").read_bytes()

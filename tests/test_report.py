@@ -138,7 +138,7 @@ def test_the_verdict_follows_the_scores():
     assert judge(GOOD, 0.01)["deploy"] is True
     for index, change, reason in (
         (1, {"p_value": 0.2}, "not reliably better"), (1, {"cer": 0.31}, "not reliably better"),
-        (3, {"cer": 0.07}, "CER, wideband speech: 5.00 → 7.00 % (a rise"),
+        (3, {"cer": 0.07}, "CER, wideband speech: 5.00 → 7.00 % (what was forgotten: +2.00 points"),
         (5, {"chars_per_minute": 30.0}, "nobody speaks"),
     ):
         verdict = judge([row | (change if at == index else {}) for at, row in enumerate(GOOD)], 0.01)

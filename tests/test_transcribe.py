@@ -175,6 +175,7 @@ def test_recordings_are_found_in_folders_and_lists(tmp_path):
     (tmp_path / "wav.scp").write_text(f"call-1 {tmp_path}/a/1.wav\n\ncall-2 a b.wav\n", "utf-8")
     assert {key: str(path) for key, path in transcribe.find_recordings(tmp_path / "wav.scp").items()} == {
         "call-1": f"{tmp_path}/a/1.wav", "call-2": "a b.wav"}
+    assert list(transcribe.find_recordings(tmp_path)) == ["call-1", "call-2"]  # a Kaldi folder
     (tmp_path / "wav.scp").write_text("call-1 sox x.wav -t wav - |\n", "utf-8")
     with pytest.raises(UserError, match="not a command"):
         transcribe.find_recordings(tmp_path / "wav.scp")
@@ -183,7 +184,7 @@ def test_recordings_are_found_in_folders_and_lists(tmp_path):
 def test_the_vad_leaves_the_recognisers_threads_alone():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    transcribe.load_vad()
+    transcribe.find_speech(np.zeros(8000, np.float32), 8000, transcribe.load_vad())
     assert torch.get_num_threads() == 2
     torch.set_num_threads(before)
 

@@ -124,7 +124,6 @@ def test_the_best_telephone_model_within_the_wideband_budget_is_chosen():
     assert choice["alpha"] == 0.25 and "loses least" in choice["reason"]
 
 
-def test_without_wideband_dev_the_telephone_decides_and_it_is_said():
-    rows = [score_row("alpha_0.50", "real_dev", 20), score_row("alpha_1.00", "real_dev", 10)]
-    choice = choose_alpha(rows, 0.01)
-    assert choice["alpha"] == 1.0 and "not scored" in choice["reason"]
+def test_without_wideband_dev_nothing_is_chosen():
+    with pytest.raises(UserError, match="wideband_dev"):
+        choose_alpha([score_row("alpha_0.50", "real_dev", 20), score_row("base", "real_dev", 10)], 0.01)

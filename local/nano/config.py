@@ -77,6 +77,7 @@ def effective(stage: dict[str, Any], model_dir: Path, fs: int) -> dict[str, Any]
     """The configuration FunASR builds from: the folder's config.yaml, paths made absolute, under the stage's keys."""
     from funasr.download.download_model_from_hub import download_model
 
+    model_dir = model_dir.absolute()  # FunASR joins its paths to it
     config = copy.deepcopy(stage) | {"model": str(model_dir), "hub": "ms", "disable_update": True}
     config.setdefault("frontend_conf", {})["fs"] = fs
     dataset = config.setdefault("dataset_conf", {})

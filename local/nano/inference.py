@@ -71,6 +71,7 @@ class Recogniser:
         options = {
             **self.auto_model.kwargs, "llm_dtype": self.dtype, "llm_kwargs": {"do_sample": False, "num_beams": 1},
             "max_length": min(max_new_tokens, 16 + math.ceil(max_tokens_per_second * seconds)),
+            "audio_fs": self.fs,  # of the samples; FunASR would take them for 16 kHz
         }
         messages = [[
             {"role": "system", "content": utterance.system},

@@ -5,8 +5,8 @@ Set as `funasr.bin.train_ds.Trainer` by local/train.py. What differs from funasr
   * a checkpoint is written once, under a temporary name, then linked to its other names; upstream writes it up to
     three times in place, and a torn model.pt is a traceback at every later start;
   * a checkpoint inside an epoch counts its steps from the epoch's start, so a second resume repeats no data;
-  * dataset_conf.batch_size is made to fit the GPU's memory;
   * the dataset is told the epoch before its workers start: a channel drawn online depends on it;
+  * dataset_conf.batch_size is made to fit the GPU's memory;
   * early stopping counts on after a resume, from what the checkpoint says; upstream starts anew;
   * the average of the best checkpoints takes frozen tensors from the initial checkpoint: averaging rounds them;
   * it counts how often each row was used in an epoch, and run.json says so ("rows_used").
@@ -84,7 +84,8 @@ class Trainer(stock.Trainer):
                 self.row_uses.zero_()
 
     def train_epoch(self, model=None, optim=None, dataloader_train=None, epoch=None, **kwargs: Any) -> None:
-        """Train one epoch, or nothing where early stopping has ended the training: main() cannot be told.
+        """Train one epoch in batches that fit the GPU, or nothing where early stopping has ended the training (main()
+        cannot be told).
 
         Enters in run.json how often the epoch's rows were used.
         """
@@ -92,12 +93,12 @@ class Trainer(stock.Trainer):
         if self.idle:
             return
         dataloader_train.dataset.epoch = epoch
-        if not kwargs.get("start_step"):
-            self.row_uses = torch.zeros(len(dataloader_train.dataset), dtype=torch.int32)
         if self.batch_tokens is None:
             self.batch_tokens = fit(self, model, optim, dataloader_train)
         else:
             token_sampler(dataloader_train).batch_size = self.batch_tokens
+        if not kwargs.get("start_step"):
+            self.row_uses = torch.zeros(len(dataloader_train.dataset), dtype=torch.int32)
         super().train_epoch(model=model, optim=optim, dataloader_train=dataloader_train, epoch=epoch, **kwargs)
         uses = self._uses_of_all_processes()
         self.rows_used[str(epoch + 1)] = {
