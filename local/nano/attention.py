@@ -3,7 +3,8 @@
     fuse(model.audio_encoder)
 
 Upstream (1.4.16) keeps the scores of every layer for the backward pass: an utterance of 120 s is 2,000 frames, times
-2,000, times 4 heads, times 70 layers. PyTorch's scaled_dot_product_attention computes the same sums in blocks.
+2,000, times 4 heads, times 70 layers. PyTorch's scaled_dot_product_attention computes the same sums in blocks; on a
+CPU only without dropout.
 """
 
 from __future__ import annotations
