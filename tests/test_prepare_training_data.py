@@ -525,10 +525,12 @@ def test_the_report_adds_up_and_says_when_it_does_not(tmp_path, corpus):
     output = data / "train_formatted.jsonl"
     main(["convert", "--input", str(tmp_path / "w.jsonl"), "--output", str(output), "--do_upsample"])
     (tmp_path / "rejected_w.jsonl").rename(data / "rejected_train.jsonl")
+    (data / "dev_formatted.jsonl").write_text("".join(output.read_text().splitlines(keepends=True)[:2]))
+    (data / "rejected_dev.jsonl").touch()
     words = ["stats", "--data_dir", str(tmp_path / "data"), "--source", f"real_8k_telephone/train={source}"]
     main(words)
     report = (tmp_path / "data/STAGE0_COMPLETION_REPORT.md").read_text()
-    assert "| real_8k_telephone/train | 7 | 6 | 1 | 14.3% | 0.00 | 7 | 6 | 0 |" in report
+    assert "| real_8k_telephone/train | 7 | 6 | 1 | 14.3% | 0.00 | 7 | 6 | 2 |" in report, "two texts are dev's too"
     assert "| bad_json | 1 |" in report
     assert f"| {output} | {data}/rejected_train.jsonl |" in report
     assert (tmp_path / "data/stage0_histograms.png").stat().st_size > 10_000
