@@ -22,6 +22,7 @@ import yaml
 
 from common import UserError, atomic_write, run, write_json
 from nano import weights
+from nano.config import build_on_meta
 
 HUBS = {"ModelScope": "https://www.modelscope.cn", "Hugging Face": "https://huggingface.co"}
 
@@ -156,22 +157,12 @@ def check_tokenizer(folder: Path, llm_folder: Path) -> None:
 
 def build_without_weights(folder: Path, config: dict[str, Any]) -> torch.nn.Module:
     """The model that config.yaml describes, with shapes but no memory for its tensors."""
-    from funasr.auto.auto_model import deep_update
-    from funasr.register import tables
-
     if config.get("ctc_decoder"):
         vocabulary = config["dataset_conf"].get("ctc_tokenizer_conf", {}).get("vocab_path")
         if not vocabulary or not os.path.isfile(vocabulary):
             raise UserError(f"{folder}: the CTC vocabulary (multilingual.tiktoken) is not there, or configuration.json "
                             "does not name it under file_path_metas; download the model again")
-    model_class = tables.model_classes.get(config["model"])
-    if model_class is None:
-        raise UserError(f"{folder}/config.yaml: FunASR has no model {config['model']}; this recipe is for FunASRNano")
-    frontend = tables.frontend_classes.get(config["frontend"])(**config.get("frontend_conf", {}))
-    arguments = dict(config.get("model_conf", {}))
-    deep_update(arguments, {**config, "input_size": frontend.output_size(), "vocab_size": -1})
-    with torch.device("meta"):
-        return model_class(**arguments)
+    return build_on_meta(config)
 
 
 def main() -> None:
