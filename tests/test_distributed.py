@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -69,12 +70,17 @@ def start(experiment: Path, stages: str, **options) -> subprocess.Popen:
     clean = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
     return subprocess.Popen(
         ["bash", "run_experiment.sh", *stages.split(), *flags], cwd=ROOT, env=clean, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
 
 def finish(*machines: subprocess.Popen) -> list[str]:
-    said = [machine.communicate(timeout=900)[0] for machine in machines]
+    try:
+        said = [machine.communicate(timeout=900)[0] for machine in machines]
+    except subprocess.TimeoutExpired:
+        for machine in machines:
+            os.killpg(machine.pid, signal.SIGKILL)
+        raise
     for machine, text in zip(machines, said, strict=True):
         assert machine.returncode == 0, text[-4000:]
     return said
