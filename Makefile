@@ -77,11 +77,13 @@ lint: setup  ## ruff and shellcheck
 	@.venv/bin/ruff check .
 	@.venv/bin/shellcheck -x *.sh local/*.sh .ci/run
 
-bench: setup  ## speed of the telephone simulation beside its peers: $EXP_OUTPUT/bench/simulation.json
+bench: setup  ## speed of simulation (beside its peers), stage 0, training (beside stock FunASR): $EXP_OUTPUT/bench
 	@test -d "$(EXP_OUTPUT)/bench/peers" || $(VENV) -m venv "$(EXP_OUTPUT)/bench/peers"
 	@"$(EXP_OUTPUT)/bench/peers/bin/pip" install -q -r bench/requirements.txt || echo "peers that are missing are null"
 	@$(VENV) bench/simulation.py --peers "$(EXP_OUTPUT)/bench/peers/bin/python" \
 	  --output "$(EXP_OUTPUT)/bench/simulation.json"
+	@$(VENV) bench/stage0.py --output "$(EXP_OUTPUT)/bench/stage0.json"
+	@$(VENV) bench/training.py --output "$(EXP_OUTPUT)/bench/training.json"
 
 listen: setup  ## calls before and after, to hear and see: $EXP_OUTPUT/listen/index.html; LISTEN= is a corpus
 	@test "$(LISTEN)" != "$(CORPUS)/wideband_dev.jsonl" || test -e "$(LISTEN)" || \
