@@ -10,8 +10,8 @@ CORPUS = $(DEMO)/corpus
 LISTEN = $(CORPUS)/wideband_dev.jsonl
 # The demo is the same everywhere: options of a real experiment that are set in the environment are kept from it.
 DEMO_ENV := env $(shell sed -n 's/^\([A-Z][A-Z0-9_]*\)=.*/-u \1/p' conf/experiment.conf)
-# A file of tests runs in one process, so that what it builds is built once.
-PYTEST = -n auto --maxprocesses 4 --dist loadfile
+# A file of tests in one process, so that what it builds is built once; one thread each, as they run side by side.
+PYTEST = OMP_NUM_THREADS=1 $(VENV) -m pytest -n auto --maxprocesses 4 --dist loadfile
 # PYTHON is the interpreter of `make setup` here, but the one that runs the helpers in run_experiment.sh.
 unexport PYTHON
 .DEFAULT_GOAL := help
@@ -62,10 +62,10 @@ ablation-fs: demo  ## the demo again with features at 8 kHz: docs/frontend_fs.md
 	@$(DEMO_ENV) $(VENV) bench/ablation_fs.py --demo "$(DEMO)" --seed "$(SEED)" --table docs/frontend_fs.md
 
 test: setup  ## the quick tests, under ten minutes
-	@$(VENV) -m pytest $(PYTEST) -m "not full"
+	@$(PYTEST) -m "not full"
 
 test-full: setup  ## all tests
-	@$(VENV) -m pytest $(PYTEST)
+	@$(PYTEST)
 
 check-full-size: setup  ## one step of each stage at the real model's size, random weights, on CPU: minutes, 24 GiB
 	@$(VENV) bench/full_size.py --work "$(EXP_OUTPUT)/full_size"
