@@ -38,8 +38,8 @@ def prepare(tmp_path: Path) -> Path:
     write.parent.mkdir(parents=True)
     write.write_text(f"{model}\n")
     rng = np.random.default_rng(0)
-    for corpus in ("simulated_8k_telephone", "real_8k_telephone", "wideband_16k"):
-        for split in ("train", "dev"):
+    for corpus in ("simulated_8k_telephone", "real_8k_telephone", "wideband_16k", "no_speech"):
+        for split in ("train", "dev", "test"):
             rows = []
             for number in range(13):
                 path, count = tmp_path / f"{corpus}-{split}-{number}.wav", 16000 + 800 * number
