@@ -86,6 +86,7 @@ def test_the_epoch_reaches_worker_processes(parts, with_channel):
 
 
 def test_rows_for_the_channel_are_never_used_without_it(parts, monkeypatch):
+    monkeypatch.setattr(nano.dataset.FunASR, "channel", None)
     with pytest.raises(ValueError, match="drawn in training"):
         dataset(parts)
     monkeypatch.setattr(nano.dataset.FunASR, "channel", staticmethod(online.simulate))
