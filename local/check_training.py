@@ -96,7 +96,8 @@ def check_checkpoint(model: torch.nn.Module, path: Path, config: dict[str, Any])
         raise UserError(f"{path} lacks {len(missing)} tensors, first {missing[0]}: upstream would train them from "
                         "random weights; give a checkpoint of this model")  # fmt: skip
     if lora and not parts["LoRA"]:
-        raise UserError(f"{path} has LoRA, which this stage would drop; fold it first: local/interpolate.py fold")
+        raise UserError(f"{path} has LoRA, which this stage would drop; fold it first: "
+                        "local/final_model.py mix --alpha 1")  # fmt: skip
     alpha = config["llm_conf"].get("lora_conf", {}).get("lora_alpha", 32)
     if lora and lora["lora_alpha"] != alpha:
         raise UserError(f"{path}: lora_alpha {lora['lora_alpha']}, the stage says {alpha}: it would be scaled anew")

@@ -15,14 +15,10 @@ import yaml
 
 import audio
 from common import write_jsonl
+from mini import ROOT, SMALL
 from nano.miniature import build_folder
 
-ROOT = Path(__file__).resolve().parent.parent
 ALPHABET = "一二三四五六七八九零"
-SIZE = {
-    "encoder_dim": 32, "encoder_blocks": 1, "encoder_heads": 2, "encoder_ffn": 32, "adaptor_ffn": 32, "ctc_ffn": 32,
-    "llm_dim": 32, "llm_heads": 2, "llm_kv_heads": 1, "llm_head_dim": 16, "llm_ffn": 48,
-}  # fmt: skip
 STAGES = {
     "stage1_encoder_adapt": {"audio_encoder"}, "stage2_adapter_align": {"audio_adaptor", "ctc_decoder", "ctc"},
     "stage3_lora_domain": {"lora"},
@@ -33,7 +29,7 @@ pytestmark = pytest.mark.full
 
 def prepare(tmp_path: Path) -> Path:
     """What stages -1 and 0 leave behind, for 13 utterances of noise in each corpus, and tiny overlays."""
-    model = build_folder(tmp_path / "model folder", ALPHABET, SIZE, seed=1)
+    model = build_folder(tmp_path / "model folder", ALPHABET, SMALL, seed=1)
     write = tmp_path / "exp" / "model" / "model_dir.txt"
     write.parent.mkdir(parents=True)
     write.write_text(f"{model}\n")

@@ -75,3 +75,9 @@ def test_keys_of_stages_named_in_documents_are_keys_that_something_reads():
     for path in DOCUMENTS:
         for key in re.findall(r"\b((?:dataset|optim|train|scheduler|specaug|llm)_conf\.\w+)", "\n".join(code(path))):
             assert key in keys, f"{path.name}: {key}"
+
+
+def test_helpers_that_messages_name_exist():
+    for path in (ROOT / "local").rglob("*.py"):
+        for name in re.findall(r"\blocal/[\w/]+\.py\b", path.read_text("utf-8")):
+            assert (ROOT / name).is_file(), f"{path.name}: {name}"

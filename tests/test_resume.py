@@ -18,14 +18,10 @@ import yaml
 
 import audio
 from common import write_jsonl
+from mini import ROOT, SMALL
 from nano.miniature import build_folder
 
-ROOT = Path(__file__).resolve().parent.parent
 ALPHABET = "一二三四五六七八九零"
-SIZE = {
-    "encoder_dim": 32, "encoder_blocks": 1, "encoder_heads": 2, "encoder_ffn": 32, "adaptor_ffn": 32, "ctc_ffn": 32,
-    "llm_dim": 32, "llm_heads": 2, "llm_kv_heads": 1, "llm_head_dim": 16, "llm_ffn": 48,
-}  # fmt: skip
 WITNESS = '''
 import io, json, os, signal, sys, traceback
 from pathlib import Path
@@ -96,7 +92,7 @@ KILLED, DONE = -signal.SIGKILL, 0
 def corpus(tmp_path_factory) -> Path:
     """A model folder and 23 rows of noise."""
     folder = tmp_path_factory.mktemp("resume")
-    build_folder(folder / "model", ALPHABET, SIZE, seed=1)
+    build_folder(folder / "model", ALPHABET, SMALL, seed=1)
     rng, rows = np.random.default_rng(0), []
     for number in range(23):
         count = 16000 + 800 * number
