@@ -50,8 +50,8 @@ tensorboard: setup  ## curves of every training in $EXP_OUTPUT, on http://localh
 	@$(VENV) -m tensorboard.main --logdir "$(EXP_OUTPUT)/exp/8k_telephone" --port 6006
 
 demo: setup  ## the whole recipe on a corpus it speaks itself, on CPU, in minutes: $EXP_OUTPUT/demo
-	@$(DEMO_ENV) $(VENV) local/demo_corpus.py --output "$(CORPUS)" --seed "$(SEED)"
-	@$(DEMO_ENV) $(VENV) local/demo_base_model.py --train "$(CORPUS)/base_train.jsonl" --dev "$(CORPUS)/wideband_dev.jsonl" \
+	@$(DEMO_ENV) $(VENV) demo/speak_corpus.py --output "$(CORPUS)" --seed "$(SEED)"
+	@$(DEMO_ENV) $(VENV) demo/train_base.py --train "$(CORPUS)/base_train.jsonl" --dev "$(CORPUS)/wideband_dev.jsonl" \
 	  --alphabet "$(CORPUS)/wideband_train.jsonl" "$(CORPUS)/calls_train.jsonl" --output "$(DEMO)/base_model" \
 	  --seed "$(SEED)"
 	@$(DEMO_ENV) bash run_experiment.sh -1 5 --config conf/demo/experiment.conf --exp_output "$(DEMO)" --seed "$(SEED)" \
@@ -87,7 +87,7 @@ bench: setup  ## speed of simulation (beside its peers), stage 0, training (besi
 
 listen: setup  ## calls before and after, to hear and see: $EXP_OUTPUT/listen/index.html; LISTEN= is a corpus
 	@test "$(LISTEN)" != "$(CORPUS)/wideband_dev.jsonl" || test -e "$(LISTEN)" || \
-	  $(DEMO_ENV) $(VENV) local/demo_corpus.py --output "$(CORPUS)" --seed "$(SEED)"
+	  $(DEMO_ENV) $(VENV) demo/speak_corpus.py --output "$(CORPUS)" --seed "$(SEED)"
 	@$(VENV) local/listen.py --input "$(LISTEN)" --output "$(EXP_OUTPUT)/listen/index.html" --seed "$(SEED)"
 
 clean:  ## remove the demo and caches; the real experiment and .venv stay

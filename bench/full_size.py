@@ -21,7 +21,7 @@ import torch
 from omegaconf import OmegaConf
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "local"))
+sys.path[:0] = [str(ROOT / "local"), str(ROOT / "demo")]
 
 import audio  # noqa: E402
 from common import UserError, run, write_json, write_jsonl  # noqa: E402
@@ -48,7 +48,7 @@ def build_folder(path: Path) -> Path:
     """Write a model folder of the real geometry without weights; its tokenizers know ALPHABET only."""
     from transformers import Qwen3Config
 
-    from nano import miniature
+    import miniature
 
     config = OmegaConf.merge(OmegaConf.load(miniature.CONFIG), GEOMETRY)
     llm = path / miniature.LLM_FOLDER

@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+
 from contenders import LOCAL, OURS, PEERS, simulator
 
 FILES = {"5s": (5, 200), "60s": (60, 20)}  # name: (seconds, files)
@@ -33,7 +34,7 @@ THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THR
 
 def make_files(folder: Path) -> None:
     """Speech of several voices, cut at another place for every file."""
-    from demo_corpus import open_espeak
+    from speak_corpus import open_espeak
     from telephone.resample import resample
 
     text = "您好，这里是客户服务中心，请问您现在方便接听电话吗？我们想和您核对一下上个月的账单，谢谢您的配合。"
@@ -172,7 +173,7 @@ def get_args() -> argparse.Namespace:
 
 def main() -> None:
     args = get_args()
-    sys.path.insert(0, str(LOCAL))
+    sys.path[:0] = [str(LOCAL), str(LOCAL.parent / "demo")]
     facts = {"machine": describe_machine(), "versions": describe_versions(args.peers)}
     # In memory where that is possible: a disk is not what is measured.
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

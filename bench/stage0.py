@@ -20,11 +20,11 @@ import numpy as np
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "local"))
+sys.path[:0] = [str(ROOT / "local"), str(ROOT / "demo")]
 import audio  # noqa: E402
 from common import write_json, write_jsonl  # noqa: E402
-from demo_corpus import VOICES, fill, generator, open_espeak  # noqa: E402
-from nano.miniature import build_folder  # noqa: E402
+from miniature import build_folder  # noqa: E402
+from speak_corpus import VOICES, fill, generator, open_espeak  # noqa: E402
 from telephone.resample import resample  # noqa: E402
 
 PLAN = {"hours": 1200, "workers": 64, "took_hours": [4, 6]}

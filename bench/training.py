@@ -28,13 +28,12 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "local"))
-
-import full_size  # noqa: E402
-from training_run import Run, build_folder, clock, needed_flops  # noqa: E402
+sys.path[:0] = [str(ROOT / "local"), str(ROOT / "demo")]
 
 import audio  # noqa: E402
+import full_size  # noqa: E402
 from common import UserError, run, write_json, write_jsonl  # noqa: E402
+from training_run import Run, build_folder, clock, needed_flops  # noqa: E402
 
 
 def write_corpus(folder: Path, name: str, scale: float, seconds: float) -> Path:

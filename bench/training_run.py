@@ -33,11 +33,10 @@ import funasr  # noqa: E402, F401  fills the registry
 
 STOCK = classes()
 import full_size  # noqa: E402
-
+import miniature  # noqa: E402
 import nano.dataset  # noqa: E402
 import nano.frontend  # noqa: E402
 import nano.model  # noqa: E402, F401
-from nano import miniature  # noqa: E402
 from nano.trainer import Trainer as OurTrainer  # noqa: E402
 
 OURS = classes()

@@ -12,7 +12,7 @@ import yaml
 
 import audio
 from common import write_json, write_jsonl
-from nano.miniature import build_folder
+from miniature import build_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 ALPHABET = "一二三四五六七八九零元月号订单"

@@ -82,7 +82,7 @@ def experiment(tmp_path_factory) -> Path:
     for split in ("train", "dev"):
         run(python, "local/prepare_training_data.py", "filter", "--input", folder / f"raw_{split}.jsonl",
             "--output", folder / f"base_{split}.jsonl", "--split", split, "--max_reject_ratio", "0.2")  # fmt: skip
-    run(python, "local/demo_base_model.py", "--train", folder / "base_train.jsonl", "--dev", folder / "base_dev.jsonl",
+    run(python, "demo/train_base.py", "--train", folder / "base_train.jsonl", "--dev", folder / "base_dev.jsonl",
         "--output", folder / "base_model", "--conf", folder / "conf/base_model.yaml")  # fmt: skip
     options = {
         "exp_output": folder / "exp", "model": folder / "base_model", "max_reject_ratio": "0.2",

@@ -14,8 +14,8 @@ import torch
 
 from common import UserError, read_jsonl, write_jsonl
 from decode import PartFile, named, utterance
+from miniature import build_folder
 from nano.inference import Recogniser, batches
-from nano.miniature import build_folder
 
 ROOT = __file__.rsplit("/tests/", 1)[0]
 TEXT = "您好我的退款订单号一二三四五六七八九逾期了吗"

@@ -16,7 +16,7 @@ import yaml
 import audio
 from common import write_jsonl
 from mini import ROOT, SMALL
-from nano.miniature import build_folder
+from miniature import build_folder
 
 ALPHABET = "一二三四五六七八九零"
 STAGES = {

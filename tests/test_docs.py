@@ -30,7 +30,7 @@ def names(path: Path) -> dict[str, set[str]]:
     text = "\n".join(code(path))
     option = r"(?<![\w\"$-])([A-Z][A-Z0-9]*_[A-Z0-9_]+|ALPHAS|MODEL|SEED|KEYWORDS)(?=[=\s`,;]|$)"
     return {
-        "paths": set(re.findall(r"(?<![\w./-])((?:local|conf|tests|bench|docs|data)/[\w./-]*\w)", text)),
+        "paths": set(re.findall(r"(?<![\w./-])((?:local|demo|conf|tests|bench|docs|data)/[\w./-]*\w)", text)),
         "options": set(re.findall(option, text)),
         "targets": set(re.findall(r"(?:^|[^\w-])make ([a-z][a-z0-9-]*)", text)),
         "flags": set(re.findall(r"(?<!\w)(--[a-z][a-z_]+)", text)),

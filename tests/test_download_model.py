@@ -14,7 +14,7 @@ import yaml
 
 import download_model
 from common import UserError
-from nano.miniature import build_folder
+from miniature import build_folder
 
 HELPER = Path(download_model.__file__)
 MODEL = "Some.Owner/Fun-ASR-Nano-2.5"

@@ -20,7 +20,7 @@ STAGE_TRAINS = {1: {"audio_encoder"}, 2: {"audio_adaptor", "ctc_decoder"}, 3: se
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    from nano.miniature import build_folder
+    from miniature import build_folder
 
     size = {"encoder_dim": 32, "encoder_blocks": 2, "encoder_ffn": 48, "adaptor_ffn": 32, "ctc_ffn": 32, "llm_dim": 32,
             "llm_heads": 2, "llm_kv_heads": 1, "llm_head_dim": 16, "llm_ffn": 48}  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 import audio
 import decode
 from common import write_jsonl
-from nano.miniature import build_folder
+from miniature import build_folder
 
 SIZE = {
     "encoder_dim": 32, "encoder_blocks": 1, "encoder_heads": 2, "encoder_ffn": 32, "adaptor_ffn": 32, "ctc_ffn": 32,

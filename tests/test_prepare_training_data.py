@@ -598,7 +598,7 @@ def test_a_full_disk_is_one_line_and_finished_work_is_kept(tmp_path, corpus):
 
 @pytest.mark.full
 def test_data_prep_takes_ten_of_each_corpus_and_says_what_the_whole_would_take(tmp_path):
-    from nano.miniature import build_folder
+    from miniature import build_folder
 
     home = tmp_path / "it's my $(data)"
     home.mkdir()

@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 from common import write_json, write_jsonl
-from nano.miniature import build_folder
+from miniature import build_folder
 from report import judge, losses
 
 ROOT = __file__.rsplit("/tests/", 1)[0]

@@ -12,9 +12,9 @@ import torch
 
 import transcribe
 from common import UserError
-from demo_corpus import open_espeak
+from miniature import build_folder
 from nano.inference import Recogniser, Utterance, read_conf
-from nano.miniature import build_folder
+from speak_corpus import open_espeak
 from telephone.resample import resample
 
 ROOT = __file__.rsplit("/tests/", 1)[0]

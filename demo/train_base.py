@@ -1,8 +1,8 @@
 """Train the demo's base model: a miniature Fun-ASR-Nano, from random weights, on wideband speech.
 
-    python local/demo_base_model.py --train base_train.jsonl --dev wideband_dev.jsonl --output base_model
+    python demo/train_base.py --train base_train.jsonl --dev wideband_dev.jsonl --output base_model
 
-Builds a model folder of the released layout (local/nano/miniature.py) over the characters of --train and --alphabet,
+Builds a model folder of the released layout (demo/miniature.py) over the characters of --train and --alphabet,
 formats the rows with prepare_training_data.py and trains every module with train.py and conf/demo/base_model.yaml.
 The folder takes its name when it is trained; a rerun with the same data, seed and YAML does nothing.
 """
@@ -18,13 +18,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import UserError, file_hash, read_jsonl, run, write_json
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "local"))
+
+from common import UserError, file_hash, read_jsonl, run, write_json  # noqa: E402
 
 
 def helper(name: str, *arguments: str | Path) -> None:
-    """Run another helper of this folder; raise UserError when it fails (it has said why)."""
+    """Run another helper of local/; raise UserError when it fails (it has said why)."""
     command = [sys.executable, str(ROOT / "local" / name), *map(str, arguments)]
     if subprocess.run(command, check=False).returncode:
         raise UserError(f"{name} failed; see the lines above")
@@ -37,7 +38,7 @@ def train_base(train: Path, dev: Path, extra: list[Path], output: Path, conf: li
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == inputs:
         logging.info("%s is trained already: nothing to do", output)
         return
-    from nano.miniature import build_folder  # FunASR takes seconds to import
+    from miniature import build_folder  # FunASR takes seconds to import
     from nano.weights import save_atomically
 
     work = output.with_name(output.name + ".training")

@@ -1,6 +1,6 @@
 """Speak the demo's two corpora: 16 kHz wideband recordings and 8 kHz recorded calls, with espeak-ng's Mandarin.
 
-    python local/demo_corpus.py --output exp_output/demo/corpus --seed 0
+    python demo/speak_corpus.py --output exp_output/demo/corpus --seed 0
 
 writes base_train, wideband_{train,dev,test} (16 kHz FLAC) and calls_{train,dev,test} (8 kHz A-law WAV, all of them
 through a mobile network, which is a quarter of what stage 0 simulates) as JSONL of {"key", "source", "target",
@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,12 +28,14 @@ import numpy as np
 import soundfile
 import yaml
 
-import audio
-from common import UserError, file_hash, progress, run, write_json, write_jsonl
-from telephone.channel import apply, draw, load_config
-from telephone.resample import resample
-
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "local"))
+
+import audio  # noqa: E402
+from common import UserError, file_hash, progress, run, write_json, write_jsonl  # noqa: E402
+from telephone.channel import apply, draw, load_config  # noqa: E402
+from telephone.resample import resample  # noqa: E402
+
 DIGITS = "零一二三四五六七八九"
 
 # espeak-ng voice variants: ordinary adult voices only, no whisper, robot, echo or other effect.

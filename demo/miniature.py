@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from common import write_json
 
-CONFIG = Path(__file__).resolve().parents[2] / "conf" / "demo" / "miniature.yaml"
+CONFIG = Path(__file__).resolve().parents[1] / "conf" / "demo" / "miniature.yaml"
 LLM_FOLDER = "Qwen3-0.6B"
 CTC_VOCABULARY = "multilingual.tiktoken"
 # The fixed parts of FunASR's prompt as single tokens, or they would cost more positions than the speech does.
