@@ -16,7 +16,7 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV) -m pytest -n auto --maxprocesses 4 --dist loa
 unexport PYTHON
 .DEFAULT_GOAL := help
 .PHONY: help setup wheels doctor model stage0 stage1 stage2 stage3 stage4 stage5 all status demo test test-full lint \
-  clean bench transcribe tensorboard ablation-fs check-full-size traps listen
+  clean bench transcribe tensorboard ablation ablation-fs check-full-size traps listen
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9 -]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -58,8 +58,11 @@ demo: setup  ## the whole recipe on a corpus it speaks itself, on CPU, in minute
 	  --force "$(FORCE)"
 	@cat "$(DEMO)/eval/scores.txt" && echo "report: $(DEMO)/report/index.html"
 
+ablation: demo  ## the demo without CTC, SpecAugment, replay, at 8 kHz: docs/ablation.md says what each brings
+	@$(DEMO_ENV) $(VENV) bench/ablation.py --demo "$(DEMO)" --table docs/ablation.md
+
 ablation-fs: demo  ## the demo again with features at 8 kHz: docs/frontend_fs.md says which rate is better
-	@$(DEMO_ENV) $(VENV) bench/ablation_fs.py --demo "$(DEMO)" --seed "$(SEED)" --table docs/frontend_fs.md
+	@$(DEMO_ENV) $(VENV) bench/ablation.py --demo "$(DEMO)" --only fs_8000 --table docs/frontend_fs.md
 
 test: setup  ## the quick tests, under ten minutes
 	@$(PYTEST) -m "not full"

@@ -1,0 +1,75 @@
+"""The table of `make ablation` says what the summaries say, and a variant changes what its title says."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ablation
+from common import write_json
+from mini import make_model, make_rows
+from nano.config import flat_keys, read_stage
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_scores(folder: Path, cer: float, alpha: float) -> Path:
+    rows = [
+        {"model": model, "test_set": test_set, **{rate + end: cer + step + (model == "stage3") / 10
+         for rate in ("cer", "kwer") for end, step in (("", 0.0), ("_low", -0.02), ("_high", 0.02))}}
+        for model in ("base", "stage1", "stage3", "final")
+        for test_set in ("simulated_test", "real_test", "wideband_test")
+    ]  # fmt: skip
+    write_json(folder / "eval/summary.json", rows)
+    write_json(folder / "eval/interpolation.json", {"alpha": alpha})
+    write_json(folder / "eval/ctc.json", {"base": 0.1, "stage1": 0.2, "stage2": cer})
+    return folder
+
+
+def test_the_table_has_a_line_a_variant_and_one_without_interpolation(tmp_path):
+    demo, other = write_scores(tmp_path / "demo", 0.1, 1.0), write_scores(tmp_path / "other", 0.3, 0.5)
+    lines = ablation.table(demo, {"no_replay": other}, 7).splitlines()
+    assert lines[0] == "## Seed 7"
+    assert lines[4].startswith("| as it is, alpha 1 | 10.0 (8.0-12.0) | ") and lines[4].endswith("10.0 → 20.0 → 10.0 |")
+    assert lines[5].startswith("| without wideband replay, alpha 0.5 | 30.0 (28.0-32.0) | 30.0")
+    assert lines[6].startswith("| without wideband replay, without interpolation | 30.0 (28.0-32.0) | 40.0 (38.0-42.0)")
+
+
+def test_without_a_demo_it_says_what_to_do_and_writes_nothing(tmp_path):
+    command = [sys.executable, "bench/ablation.py", "--demo", tmp_path / "demo", "--table", tmp_path / "table.md"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "make demo" in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "table.md").exists()
+
+
+@pytest.mark.parametrize("name", ablation.VARIANTS)
+def test_a_variant_changes_the_keys_it_names_and_no_other(name, tmp_path):
+    for stage in ablation.STAGES:
+        plain, changes = ROOT / f"conf/demo/{stage}.yaml", ablation.VARIANTS[name][3].get(stage, {})
+        ablation.write_overlay(plain, changes, tmp_path / f"{stage}.yaml")
+        stages = [read_stage([ROOT / f"conf/{stage}.yaml", overlay]) for overlay in (plain, tmp_path / f"{stage}.yaml")]
+        values = [{key: value(stage, key) for key in flat_keys(stage)} for stage in stages]
+        changed = {key for key in values[1] if values[1][key] != values[0].get(key, "absent")}
+        assert changed <= flat_keys(changes), changed
+        assert not changes or changed
+
+
+def value(config: dict, key: str):
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def test_greedy_ctc_joins_repeats_and_drops_blanks(tmp_path, monkeypatch):
+    from funasr import AutoModel
+
+    loaded = AutoModel(model=str(make_model(tmp_path / "model")), device="cpu", disable_update=True)
+    model, (row,) = loaded.model.eval(), make_rows(tmp_path, 1)
+    one, two = (model.ctc_tokenizer.encode(letter)[0] for letter in "一二")
+    heard = torch.tensor([[one, one, model.blank_id, one, two, model.blank_id]])
+    frames = torch.nn.functional.one_hot(heard, model.blank_id + 1).float()
+    monkeypatch.setattr(model.ctc, "log_softmax", lambda decoded: frames)
+    assert ablation.greedy_ctc(model, loaded.kwargs["frontend"], row) == "一一二"
