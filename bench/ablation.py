@@ -163,12 +163,14 @@ def main() -> None:
         folders = {name: run_variant(demo, name, described["seed"]) for name in args.only}
         parts.append(table(demo, folders, described["seed"]))
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    text = (
-        "# What each part of the recipe brings\n\n"
-        f"Written by `make ablation` at commit {head.stdout.strip() or 'unknown'}: error rates in percent on test, with 95 % "
-        "intervals, of\nthe demo's miniature model. A line is one training: a difference within the intervals says "
-        "nothing. Alpha is\nthe weight of the adapted model that dev chose; at 1 there is no interpolation.\n\n"
-    )
+    commit = head.stdout.strip() or "unknown"
+    text = f"""# What each part of the recipe brings
+
+Written by `make ablation` at commit {commit}: error rates in percent on test, with 95 % intervals, of the
+demo's miniature model. A line is one training: a difference within the intervals says nothing. Alpha is the weight
+of the adapted model that dev chose; at 1 there is no interpolation.
+
+"""
     with atomic_write(args.table) as file:
         file.write(text + "\n".join(parts))
     print("\n".join(parts))
