@@ -51,6 +51,6 @@ seconds=$(echo "$(simulate 1) $(simulate "$rows") $rows" |
 
 echo
 echo "The whole would take (time on one core; it falls with the number of cores):"
-"$PYTHON" local/prepare_training_data.py stats --data_dir "$trial/data" --estimate "${wholes[@]}" \
-  --simulation_seconds "$seconds" 2>"$trial/again.log"
+"$PYTHON" local/prepare_training_data.py stats --data_dir "$trial/data" --estimate "$seconds" \
+  --source "${wholes[@]}" 2>"$trial/again.log"
 echo "Listen to the examples named in $trial/data/STAGE0_COMPLETION_REPORT.md, then: bash run_experiment.sh 0"

@@ -2,14 +2,14 @@
 
     with open_ledger("train.jsonl", max_reject_ratio=0.05) as ledger:
         for entry in read_rows("corpus/train.jsonl"):   # or a folder with wav.scp and text
-            if entry.row: ledger.keep(entry.row)        # its fields have the right types, `source` is absolute
-            else: ledger.reject(entry.given, entry.reason, entry.detail)
+            ledger.add(entry)  # either a row, whose fields have the right types and whose `source` is absolute, or none
 
 Every line becomes one entry, and every entry goes to one side, so in = out + rejected.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -23,7 +23,7 @@ import numpy as np
 
 from common import UserError, atomic_write, read_jsonl
 
-OPTIONAL = ("raw_target", "speaker", "call", "language", "corpus", "band", "wideband_source")
+OPTIONAL = ("raw_target", "speaker", "call", "language", "corpus", "band", "offered", "wideband_source")
 MAX_DEPTH = 100  # brackets within brackets: far below what workers and writers of JSON can take
 
 
@@ -124,12 +124,14 @@ class Seen:
         self.sorted, self.latest = np.empty(0, np.int64), set[int]()
 
     def __contains__(self, text: str) -> bool:
-        at = np.searchsorted(self.sorted, hash(text))
-        return hash(text) in self.latest or (at < len(self.sorted) and int(self.sorted[at]) == hash(text))
+        wanted = hash(text)
+        at = np.searchsorted(self.sorted, wanted)
+        return wanted in self.latest or (at < len(self.sorted) and int(self.sorted[at]) == wanted)
 
     def add(self, text: str) -> None:
+        """Add a text that is not there yet."""
         self.latest.add(hash(text))
-        if len(self.latest) == 2000:
+        if len(self.latest) >= 2000 + len(self.sorted) // 64:
             self.sorted = np.append(self.sorted, np.fromiter(self.latest, np.int64))
             self.sorted.sort()
             self.latest = set()
@@ -217,23 +219,17 @@ def _read_kaldi(utterances: Path) -> Iterator[Entry]:
 
 def group_rows(rows: list[dict[str, Any]], by: Iterable[str]) -> list[list[int]]:
     """Rows that share a value of any field in `by`, or a recording, directly or by way of other rows, are one group."""
-    leader = list(range(len(rows)))  # of each row, one of its group; the group's own leads itself
+    from scipy.sparse import coo_array  # slow to import, and nothing else here needs it
+    from scipy.sparse.csgraph import connected_components
 
-    def find(i: int) -> int:
-        while leader[i] != i:
-            leader[i] = leader[leader[i]]
-            i = leader[i]
-        return i
-
-    first: dict[tuple[str, str], int] = {}
-    for i, row in enumerate(rows):
-        for name in (*by, "source"):
-            if row.get(name):
-                leader[find(i)] = find(first.setdefault((name, row[name]), i))
-    groups: dict[int, list[int]] = {}
-    for i in range(len(rows)):
-        groups.setdefault(find(i), []).append(i)
-    return list(groups.values())
+    values: dict[tuple[str, str], int] = {}
+    pairs = [(i, values.setdefault((name, row[name]), len(rows) + len(values)))
+             for i, row in enumerate(rows) for name in (*by, "source") if row.get(name)]
+    size = len(rows) + len(values)
+    graph = coo_array((np.ones(len(pairs)), np.transpose(pairs)), (size, size))
+    label = connected_components(graph, directed=False)[1]
+    order = sorted(range(len(rows)), key=label.__getitem__)
+    return [list(group) for _, group in itertools.groupby(order, key=label.__getitem__)]
 
 
 def hash_share(text: str) -> float:
@@ -248,6 +244,13 @@ class Ledger:
         self.files = kept, rejected
         self.kept = 0
         self.reasons: Counter[str] = Counter()
+
+    def add(self, entry: Entry) -> None:
+        """Write an entry to the side it belongs to."""
+        if entry.row is None:
+            self.reject(entry.given, entry.reason, entry.detail)
+        else:
+            self.keep(entry.row)
 
     def keep(self, row: dict[str, Any]) -> None:
         """Write a row to the output."""
