@@ -160,7 +160,7 @@ def stats(args: argparse.Namespace) -> None:
         chosen[0].source_rows, seen = rows, sum(part.rows for part in chosen)
         if args.estimate is not None:
             train = parts.get("simulated_8k_telephone/train")
-            per_hour = args.estimate / train.hours if train and train.hours and corpus in train.name else 0.0
+            per_hour = args.estimate / train.hours if train and train.hours and corpus in train.name else None
             print(estimate(source, rows, chosen, per_hour))
         elif rows != seen:
             lost.append(f"{source} has {rows} rows, {seen} are valid or filtered")
@@ -173,7 +173,7 @@ def stats(args: argparse.Namespace) -> None:
         raise UserError(f"rows were lost: {'; '.join(lost)}")
 
 
-def estimate(source: str, rows: int, sample: list[Part], seconds_per_hour: float) -> str:
+def estimate(source: str, rows: int, sample: list[Part], seconds_per_hour: float | None) -> str:
     """What the `rows` of a whole corpus will take, from what became of a sample of them."""
     factor = rows / max(sum(part.rows for part in sample), 1)
     hours = factor * sum(part.hours for part in sample)
@@ -181,7 +181,9 @@ def estimate(source: str, rows: int, sample: list[Part], seconds_per_hour: float
     # Audio that is used in place takes no room.
     size = sum(os.path.getsize(path) for part, path in paths if path.startswith(os.path.abspath(part.path.parent)))
     text = f"{source}: about {rows} utterances, {hours:.1f} hours, {factor * size / 1e9:.2f} GB"
-    return text + (f", {hours * seconds_per_hour / 3600:.3g} core-hours of simulation" if seconds_per_hour else "")
+    if seconds_per_hour is None:
+        return text
+    return f"{text}, {hours * seconds_per_hour / 3600:.3g} core-hours of simulation, which is most of stage 0"
 
 
 def draw(parts: Iterable[Part], picture: Path) -> None:
