@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -35,22 +36,19 @@ FEW, ROWS = 4, (1_000, 100_000)  # segments of the small run; rows of manifests
 CHILD = """import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True)
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
-print(used.ru_maxrss / 1024, used.ru_utime + used.ru_stime)"""
+print(used.ru_utime + used.ru_stime, used.ru_maxrss / 1024)"""
 CORES = len(os.sched_getaffinity(0))
 
 
-def helper(name: str, **options: object) -> list[str]:
-    """The command of a helper, which for prepare_training_data has two words."""
-    words = [str(word) for option, value in options.items() for word in (f"--{option}", value)]
-    return [sys.executable, *f"local/{name}".split(), *words]
-
-
-def run(command: list[str]) -> str:
-    """Run a helper; what it printed. What went wrong with it ends the benchmark."""
+def run(helper: str, **options: object) -> np.ndarray:
+    """Run a helper; seconds on the clock, seconds of all processors, MiB of its largest process."""
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-c", CHILD, sys.executable, *f"local/{helper}".split(), *words]
+    start = time.monotonic()
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
-    return done.stdout
+    return np.array([time.monotonic() - start, *map(float, done.stdout.split())])
 
 
 def speak_corpora(folder: Path, segments: int) -> dict[int, float]:
@@ -72,23 +70,17 @@ def speak_corpora(folder: Path, segments: int) -> dict[int, float]:
 
 
 def run_steps(folder: Path, size: int, workers: int) -> dict[str, np.ndarray]:
-    """Seconds that each step of stage 0 takes, on the clock and of all processors."""
-    out = folder / f"{size}-{workers}"
-    steps = {f"filter {name}": helper("prepare_training_data.py filter", num_workers=workers, max_reject_ratio=0,
-                                      input=folder / f"{name}_{size}.jsonl", output=out / f"{name}.jsonl")
-             for name in CORPORA}
-    steps["simulate"] = helper("data_simulation.py", num_workers=workers, max_reject_ratio=0, input=out / "raw.jsonl",
-                               output=out / "simulated.jsonl", output_audio_dir=out / "audio")
+    """What each step of stage 0 takes, as `run` gives it."""
+    out, took, given = folder / f"{size}-{workers}", {}, {"num_workers": workers, "max_reject_ratio": 0}
+    for name in CORPORA:
+        files = {"input": folder / f"{name}_{size}.jsonl", "output": out / f"{name}.jsonl"}
+        took[f"filter {name}"] = run("prepare_training_data.py filter", **files, **given)
+    files = {"input": out / "raw.jsonl", "output": out / "simulated.jsonl", "output_audio_dir": out / "audio"}
+    took["simulate"] = run("data_simulation.py", **files, **given)
     for name in ("simulated", *CORPORA):
-        steps[f"convert {name}"] = helper(
-            "prepare_training_data.py convert", num_workers=workers, max_reject_ratio=0, input=out / f"{name}.jsonl",
-            output=out / name / "train_formatted.jsonl", tokenizer=folder / "model/Qwen3-0.6B") + ["--do_upsample"]
-    took = {}
-    for name, command in steps.items():
-        start = os.times()
-        run(command)
-        spent = np.subtract(os.times(), start)  # user, system, the children's user and system, the clock
-        took[name] = np.array([spent[4], spent[2] + spent[3]])
+        files = {"input": out / f"{name}.jsonl", "output": out / name / "train_formatted.jsonl"}
+        took[f"convert {name}"] = run("prepare_training_data.py convert --do_upsample", **files, **given,
+                                      tokenizer=folder / "model/Qwen3-0.6B")
     return took
 
 
@@ -99,10 +91,10 @@ def throughput(folder: Path, lengths: dict[int, float]) -> dict:
     for workers in sorted({CORES, 1}, reverse=True):
         once = run_steps(folder, few, workers)
         took = {name: both - once[name] for name, both in run_steps(folder, many, workers).items()}
-        speed[workers] = seconds / sum(clock for clock, _ in took.values())
-    share = {name: busy / sum(both[1] for both in took.values()) for name, (_, busy) in took.items()}
-    per_core = seconds / sum(busy for _, busy in took.values())
-    return {"audio_seconds": seconds, "x_realtime": speed, "x_realtime_per_core": per_core, "share_of_time": share}
+        speed[workers] = seconds / sum(clock for clock, _, _ in took.values())
+    busy = sum(part for _, part, _ in took.values())
+    share = {name: part / busy for name, (_, part, _) in took.items()}
+    return {"audio_seconds": seconds, "x_realtime": speed, "x_realtime_per_core": seconds / busy, "share": share}
 
 
 def measure_rows(folder: Path) -> dict:
@@ -110,21 +102,21 @@ def measure_rows(folder: Path) -> dict:
     noise = np.random.default_rng(0).normal(0, 0.05, 16000 * (ROWS[1] // 100 + 1))
     audio.write(folder / "filter.wav", noise, 16000)
     audio.write(folder / "convert.wav", noise[:3200], 16000)
+    cuts = {"filter": lambda i: {"start": i / 100, "end": i / 100 + 0.2}, "convert": lambda i: {}}
     data, peaks, speed = folder / "data", {}, {}
+    output = {"filter": folder / "out.jsonl", "convert": data / "rows/train_formatted.jsonl"}
     for count in ROWS:
-        for name, cut in (("filter", lambda i: {"start": i / 100, "end": i / 100 + 0.2}), ("convert", lambda i: {})):
+        took = {}
+        for name, cut in cuts.items():
             row = {"target": "你好", "source": f"{name}.wav"}
             write_jsonl(folder / f"{name}.jsonl", (row | cut(i) | {"key": f"row-{i:06d}"} for i in range(count)))
-        formatted = data / "rows/train_formatted.jsonl"
-        for name, options in {
-            "filter": {"input": folder / "filter.jsonl", "output": folder / "out.jsonl", "num_workers": 1},
-            "convert": {"input": folder / "convert.jsonl", "output": formatted, "num_workers": 1,
-                        "tokenizer": folder / "model/Qwen3-0.6B"},
-            "validate": {"input": formatted},
-            "stats": {"data_dir": data, "source": f"rows/train={folder / 'convert.jsonl'}"},
-        }.items():
-            command = helper(f"prepare_training_data.py {name}", **options)
-            peak, busy = map(float, run([sys.executable, "-c", CHILD, *command]).split())
+            tokens = {"tokenizer": folder / "model/Qwen3-0.6B"} if name == "convert" else {}
+            took[name] = run(f"prepare_training_data.py {name}", input=folder / f"{name}.jsonl", output=output[name],
+                             num_workers=1, **tokens)
+        took["validate"] = run("prepare_training_data.py validate", input=output["convert"])
+        took["stats"] = run("prepare_training_data.py stats", data_dir=data,
+                            source=f"rows/train={folder / 'convert.jsonl'}")
+        for name, (_, busy, peak) in took.items():
             peaks.setdefault(name, {})[count], speed[name] = peak, count / busy
     return {"peak_mib": peaks, "rows_per_second": speed}
 
@@ -149,14 +141,14 @@ def main() -> None:
     print(f"\nstage 0 on {result['machine']}, {CORES} cores, commit {result['commit']}")
     for workers, speed in sorted(result["x_realtime"].items()):
         print(f"{workers:>8} workers  {speed:8.1f} x real time")
-    print("   time goes to", ", ".join(f"{name} {part:.0%}" for name, part in result["share_of_time"].items()))
+    print("   time goes to", ", ".join(f"{name} {part:.0%}" for name, part in result["share"].items()))
     for cores, hours in result["projected_hours"].items():
         print(f"{cores:>8} cores    {hours:8.2f} h for {PLAN['hours']} h of audio (projected)")
     print(f"{PLAN['workers']:>8} workers  {'-'.join(map(str, PLAN['took_hours'])):>8} h in the plan's own run")
     for name, peaks in result["peak_mib"].items():
         low, high = peaks.values()
-        print(f"{name:>8}  {low:.0f} MiB for {ROWS[0]} rows, {high:.0f} for {ROWS[1]}: "
-              f"{(high - low) * 2**20 / (ROWS[1] - ROWS[0]):.0f} bytes a row; {result['rows_per_second'][name]:.0f} rows/s")
+        print(f"{name:>8}  {low:.0f} MiB for {ROWS[0]} rows, {high:.0f} for {ROWS[1]}, "
+              f"{result['rows_per_second'][name]:.0f} rows/s of a core")
 
 
 if __name__ == "__main__":

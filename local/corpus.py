@@ -24,6 +24,7 @@ import numpy as np
 from common import UserError, atomic_write, read_jsonl
 
 OPTIONAL = ("raw_target", "speaker", "call", "language", "corpus", "band", "offered", "wideband_source")
+FIELDS = ("key", "source", "target", *OPTIONAL, "channel", "start", "end")
 MAX_DEPTH = 100  # brackets within brackets: far below what workers and writers of JSON can take
 
 
@@ -38,7 +39,8 @@ class Entry(NamedTuple):
 
 def read_rows(path: str | os.PathLike) -> Iterator[Entry]:
     """Yield every utterance of a JSONL file or a Kaldi data directory, in order; UserError for another path."""
-    return (_read_jsonl if os.path.isfile(path) else _read_kaldi)(corpus_files(path)[0])
+    first = corpus_files(path)[0]
+    return _read_jsonl(first) if os.path.isfile(path) else _read_kaldi(first)
 
 
 def filtered_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
@@ -67,33 +69,23 @@ def count_rows(path: str | os.PathLike) -> int:
 
 def check_row(given: dict[str, Any], base: Path) -> Entry:
     """Check the types of one row's fields and make its source absolute; fields this recipe does not know are left."""
-    row: dict[str, Any] = {}
-    for name in ("key", "source", "target", *OPTIONAL):
-        value = given.get(name)
-        if name != "target" and type(value) is int:
-            value = str(value)  # ids are often bare numbers in people's JSON
-        if value is None or (value == "" and name in OPTIONAL):
-            continue
-        if not isinstance(value, str):
-            return Entry(given, None, "bad_field", f"{name} is a {type(value).__name__}, not text")
-        row[name] = value
+    row = {name: given[name] for name in FIELDS if given.get(name) is not None}
+    for name, value in list(row.items()):
+        if name in ("start", "end"):
+            good, wanted = type(value) in (int, float) and 0 <= value < 1e7, "a time in seconds"
+        elif name == "channel":
+            good, wanted = isinstance(value, dict) or (type(value) is int and value >= 0), "0, 1, ..."
+        else:
+            if name != "target" and type(value) is int:
+                row[name] = value = str(value)  # ids are often bare numbers in people's JSON
+            good, wanted = isinstance(value, str) and (name != "source" or "\0" not in value), "text"
+        if not good:
+            return Entry(given, None, "bad_field", f"{name} {value!r:.40} is not {wanted}")
+        if value == "" and name in OPTIONAL:
+            del row[name]
     for name in ("key", "source", "target"):
         if name not in row or (name != "target" and not row[name].strip()):
             return Entry(given, None, "missing_field", f"no {name}")
-    if "\0" in row["source"]:
-        return Entry(given, None, "bad_field", "a NUL in source")
-    channel = given.get("channel")
-    if not (channel is None or isinstance(channel, dict) or (type(channel) is int and channel >= 0)):
-        return Entry(given, None, "bad_field", f"channel {channel!r:.40} is not 0, 1, ...")
-    if channel is not None:
-        row["channel"] = channel
-    for name in ("start", "end"):
-        value = given.get(name)
-        if value is None:
-            continue
-        if type(value) not in (int, float) or not 0 <= value < 1e7:
-            return Entry(given, None, "bad_field", f"{name} {value!r:.40} is not a time in seconds")
-        row[name] = float(value)
     if row.get("end", math.inf) <= row.get("start", 0.0):
         return Entry(given, None, "bad_segment", f"start {row.get('start', 0.0)} s, end {row['end']} s")
     row["source"] = os.path.abspath(base / row["source"])
@@ -200,6 +192,7 @@ def _read_kaldi(utterances: Path) -> Iterator[Entry]:
             try:
                 recording, start, end = rest.split()
                 given["start"], given["end"] = float(start), float(end)
+                json.dumps(given, allow_nan=False)  # float() reads "nan"
             except ValueError:
                 yield Entry(f"{key} {rest}", None, "bad_segment", f"segments: {key} {rest:.100}")
                 continue

@@ -33,7 +33,7 @@ PROMPTS = {"written": "语音转写：", "spoken": "语音转写，不进行文�
 def split(args: argparse.Namespace) -> None:
     """Cut a dev set in two halves that share no call, no speaker and no recording."""
     rows = list(corpus.filtered_rows(args.input))
-    groups = corpus.group_rows(rows, ("call", "speaker"))
+    groups = corpus.group_rows(rows, ("call", "speaker")) if rows else []
     if len(groups) < 2:
         raise UserError(f"{args.input}: all rows hang together by call or speaker; give a test set of its own")
     halves: tuple[list[int], list[int]] = ([], [])
@@ -47,7 +47,7 @@ def split(args: argparse.Namespace) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     """Write some rows of a corpus, bad ones too, chosen by a hash: a trial of what the whole will do."""
-    entries = corpus.read_rows(args.input)
+    entries = progress(corpus.read_rows(args.input), corpus.count_rows(args.input), "sample")
     with atomic_write(args.output) as file:
         for entry in heapq.nsmallest(args.rows, entries, key=lambda entry: corpus.hash_share(str(entry.given))):
             given = entry.row or entry.given
