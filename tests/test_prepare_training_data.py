@@ -717,14 +717,18 @@ def test_data_prep_takes_ten_of_each_corpus_and_says_what_the_whole_would_take(t
 @pytest.mark.full
 def test_twenty_kills_and_a_rerun_end_in_the_same_bytes(tmp_path, corpus):
     source, folder = write_lines(tmp_path / "in.jsonl", many(corpus, 3000)), tmp_path / "out"
+    start = time.monotonic()
     assert start_convert(folder, source, "--num_workers", 2).wait() == 0
+    took = time.monotonic() - start
     folder.rename(tmp_path / "whole")
-    rng = random.Random(0)
+    rng, left = random.Random(0), []
     for _ in range(20):
         process = start_convert(folder, source, "--num_workers", 2)
-        time.sleep(rng.uniform(0.3, 3.0))
+        time.sleep(rng.uniform(0, took))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        left.append(len(list(folder.rglob("*.flac"))))
+    assert any(0 < count < 3000 for count in left), f"no kill came between the first file and the last: {left}"
     assert start_convert(folder, source, "--num_workers", 2).wait() == 0
     assert same_tree(tmp_path / "whole", folder)
 
