@@ -31,6 +31,7 @@ for kind in raw_16k:simulated_8k_telephone real_8k:real_8k_telephone; do
     splits=$split
     if [[ $split == dev ]]; then splits=$dev; fi
     take "$option" "$folder/$splits" "${!path}"
+    if [[ $name == raw_16k ]]; then wholes+=("wideband_16k/$splits=${!path}"); fi
   done
 done
 

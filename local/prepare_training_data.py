@@ -17,11 +17,10 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import audio
 import corpus
-from common import UserError, atomic_write, file_hash, parallel, progress, run, write_jsonl
+from common import UserError, atomic_write, batches, file_hash, parallel, progress, run, write_jsonl
 from corpus import Entry
 from corpus_filter import filter_corpus
 from stage0_report import stats, validate
@@ -67,14 +66,14 @@ def convert(args: argparse.Namespace) -> None:
     if not marker.exists() or marker.read_text() != fingerprint:
         with atomic_write(marker) as file:
             file.write(fingerprint)
-    if not args.tokenizer:
-        logging.warning("no --tokenizer: text_length counts characters, not the model's tokens")
-    text_length("", args.tokenizer)  # a wrong folder is told before any worker starts
+    count = text_lengths(args.tokenizer)
     work = functools.partial(format_entry, folder=folder, since=marker.stat().st_mtime, args=args)
     with corpus.open_ledger(args.output, args.max_reject_ratio) as ledger:
         done = parallel(work, corpus.unique(corpus.read_rows(args.input)), args.num_workers, args.dask_scheduler)
-        for entry in progress(done, corpus.count_rows(args.input), "convert"):
-            ledger.add(entry)
+        for batch in batches(progress(done, corpus.count_rows(args.input), "convert"), 1000):
+            texts = [entry.row["messages"][-1]["content"] if entry.row else "" for entry in batch]
+            for entry, tokens in zip(batch, count(texts), strict=True):
+                ledger.add(entry._replace(row=entry.row and entry.row | {"text_length": tokens}))
     marker.unlink()
 
 
@@ -106,18 +105,16 @@ def format_entry(entry: Entry, folder: Path, since: float, args: argparse.Namesp
         {"role": "user", "content": f"{PROMPTS[args.text_style]}<|startofspeech|>!{path}<|endofspeech|>"},
         {"role": "assistant", "content": row["target"]},
     ]
-    lengths = {"speech_length": samples * 100 // fs, "text_length": text_length(row["target"], args.tokenizer)}
+    lengths = {"speech_length": samples * 100 // fs, "text_length": None}  # counted where the tokenizer is
     carried = {name: row[name] for name in ("channel", *corpus.OPTIONAL) if name in row and name not in cut}
     return Entry(entry.given, {"key": row["key"], "messages": messages} | lengths | carried)
 
 
-def text_length(text: str, folder: str | None) -> int:
-    """Length of a text in tokens of the tokenizer in `folder`; without one, in characters."""
-    return len(_tokenizer(folder).encode(text, add_special_tokens=False).ids) if folder else len(text)
-
-
-@functools.cache
-def _tokenizer(folder: str) -> Any:
+def text_lengths(folder: str | None) -> Callable[[list[str]], list[int]]:
+    """A function from texts to their lengths in tokens of the tokenizer in `folder`; without one, in characters."""
+    if not folder:
+        logging.warning("no --tokenizer: text_length counts characters, not the model's tokens")
+        return lambda texts: [len(text) for text in texts]
     from tokenizers import Tokenizer  # what transformers wraps, without the seconds that importing it takes
 
     try:
@@ -127,7 +124,7 @@ def _tokenizer(folder: str) -> Any:
         raise UserError(message, code=2) from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return tokenizer
+    return lambda texts: [len(row.ids) for row in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def between(low: float, high: float) -> Callable[[str], float]:
@@ -208,6 +205,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    import prepare_training_data  # workers find functions by the name of their module, and keep its tokenizer
+    import prepare_training_data  # workers find functions by the name of their module
 
     run(prepare_training_data.main)
