@@ -86,48 +86,50 @@ stage_0() {
 }
 
 prepare_data() {
-  local split sources=(); local -A on=([train1]=1)
-  prepare_corpus raw wideband simulated_8k_telephone "$RAW_16K_TRAIN" "$RAW_16K_DEV" "$RAW_16K_TEST"
-  prepare_corpus real telephone real_8k_telephone "$REAL_8K_TRAIN" "$REAL_8K_DEV" "$REAL_8K_TEST"
+  local split sources=() raw=("$WORK"/raw_{dev,test}.jsonl) real=("$WORK"/real_{dev,test}.jsonl)
+  local -A on=([train1]=1)
+  rm -f "$WORK"/rejected_*  # of a run that was stopped; every step writes its own again
+  held_out raw "$RAW_16K_DEV" "$RAW_16K_TEST"
+  held_out real "$REAL_8K_DEV" "$REAL_8K_TEST" --against_audio "${raw[@]}"
+  filter raw train "$RAW_16K_TRAIN" --against "${raw[@]}" --against_audio "${real[@]}"
+  filter real train "$REAL_8K_TRAIN" --against "${real[@]}" --against_audio "${raw[@]}"
   local simulate=("$PYTHON" local/data_simulation.py --config "$CHANNEL_CONF" --output_fs "$FRONTEND_FS"
-    --seed "$SEED" "${LIMIT[@]}" "${WORKERS[@]}")
+    --seed "$SEED" "${LIMITED[@]}")
   for split in train dev test; do
     "${simulate[@]}" --input "$WORK/raw_$split.jsonl" --output "$WORK/simulated_$split.jsonl" --output_audio_dir \
       "$SIM/audio" ${BG_NOISE_SCP:+--bg_noise_scp "$BG_NOISE_SCP"} ${on[$split$ONLINE_CHANNEL]:+--online}
-    convert "$WORK/simulated_$split.jsonl" "$SIM/${split}_formatted.jsonl" "$SIM/audio"
-    convert "$WORK/real_$split.jsonl" "$REAL/${split}_formatted.jsonl" "$REAL/audio_upsampled" --do_upsample
-    convert "$WORK/raw_$split.jsonl" "$WIDE/${split}_formatted.jsonl" "$WIDE/audio" --do_upsample
-    gather_rejected "$SIM" "$split" "$WORK"/rejected_{raw,simulated}_"$split"*.jsonl
-    gather_rejected "$REAL" "$split" "$WORK"/rejected_real_"$split"*.jsonl
+    convert "$WORK/simulated_$split.jsonl" "$SIM" "$split" audio "$WORK"/rejected_{raw,simulated}_"$split"*.jsonl
+    convert "$WORK/real_$split.jsonl" "$REAL" "$split" audio_upsampled "$WORK"/rejected_real_"$split"*.jsonl
+    convert "$WORK/raw_$split.jsonl" "$WIDE" "$split" audio "$WORK"/rejected_raw_"$split"*.jsonl
   done
   "${simulate[@]}" --no_speech_probe 12 --output "$WORK/no_speech.jsonl" --output_audio_dir "$DATA/no_speech/audio"
-  convert "$WORK/no_speech.jsonl" "$DATA/no_speech/test_formatted.jsonl" "$DATA/no_speech/audio"
+  convert "$WORK/no_speech.jsonl" "$DATA/no_speech" test audio "$WORK/rejected_no_speech.jsonl"
   validate
   "${PREPARE[@]}" stats --data_dir "$DATA" --source "${sources[@]}"
 }
 validate() { "${PREPARE[@]}" validate --fs "$FRONTEND_FS" --input "${TRAIN_DATA[@]}" "${TEST_DATA[@]}"; }
-gather_rejected() { cat "${@:3}" "$1/rejected_$2_formatted.jsonl" >"$1/rejected_$2.jsonl"; }  # FOLDER SPLIT FILE...
 
-prepare_corpus() {  # NAME BAND FOLDER TRAIN DEV TEST -> work/NAME_{train,dev,test}.jsonl: no speaker is in two of them
-  local filter=("${PREPARE[@]}" filter --conf "$FILTER_CONF" --expect_band "$2" "${WORKERS[@]}") out=$WORK/$1
-  rm -f "$WORK/rejected_$1"_*  # of a run that was stopped; every step writes its own again
-  if [[ -n $6 ]]; then
-    "${filter[@]}" --split test --input "$6" --output "${out}_test.jsonl"
-    "${filter[@]}" --split dev --input "$5" --output "${out}_dev.jsonl" --against "${out}_test.jsonl"
-    sources+=("$3/dev=$5" "$3/test=$6")
+held_out() {  # NAME DEV TEST [option...] -> work/NAME_{dev,test}.jsonl: no speaker is in both
+  if [[ -n $3 ]]; then
+    filter "$1" test "$3" "${@:4}"
+    filter "$1" dev "$2" "${@:4}" --against "$WORK/$1_test.jsonl"
   else
-    "${filter[@]}" --split dev --input "$5" --output "${out}_dev_and_test.jsonl"
-    "${PREPARE[@]}" split --input "${out}_dev_and_test.jsonl" --dev "${out}_dev.jsonl" --test "${out}_test.jsonl"
-    sources+=("$3/dev,test=$5")
+    filter "$1" dev,test "$2" "${@:4}"
+    "${PREPARE[@]}" split --input "$WORK/$1_dev,test.jsonl" --dev "$WORK/$1_dev.jsonl" --test "$WORK/$1_test.jsonl"
   fi
-  sources+=("$3/train=$4")
-  "${filter[@]}" --split train --input "$4" --output "${out}_train.jsonl" --max_speech_length "$MAX_SPEECH_LENGTH" \
-    --against "${out}_dev.jsonl" "${out}_test.jsonl"
 }
 
-convert() {  # IN OUT AUDIO_DIR [--do_upsample]
-  "${PREPARE[@]}" convert --input "$1" --output "$2" --output_audio_dir "$3" --output_fs "$FRONTEND_FS" \
-    --tokenizer "$MODEL_DIR/Qwen3-0.6B" --text_style "$TEXT_STYLE" "${LIMIT[@]}" "${WORKERS[@]}" "${@:4}"
+filter() {  # NAME SPLIT IN [option...] -> work/NAME_SPLIT.jsonl
+  local -A band=([raw]=wideband [real]=telephone) folder=([raw]=$SIM [real]=$REAL)
+  sources+=("${folder[$1]##*/}/$2=$3")
+  "${PREPARE[@]}" filter --conf "$FILTER_CONF" --expect_band "${band[$1]}" --max_speech_length "$MAX_SPEECH_LENGTH" \
+    --split "${2%,*}" --input "$3" --output "$WORK/$1_$2.jsonl" "${WORKERS[@]}" "${@:4}"
+}
+
+convert() {  # IN FOLDER SPLIT AUDIO_DIR REJECTED... -> FOLDER/SPLIT_formatted.jsonl, the rejects of all steps
+  "${PREPARE[@]}" convert --input "$1" --output "$2/$3_formatted.jsonl" --output_audio_dir "$2/$4" --do_upsample \
+    "${LIMITED[@]}" --output_fs "$FRONTEND_FS" --tokenizer "$MODEL_DIR/Qwen3-0.6B" --text_style "$TEXT_STYLE"
+  cat "${@:5}" "$2/rejected_$3_formatted.jsonl" >"$2/rejected_$3.jsonl"
 }
 
 # --- stages 1-3: training -------------------------------------------------------------------------------------------
@@ -234,11 +236,11 @@ main() {
   check_options
   DATA=$EXP_OUTPUT/data WORK=$EXP_OUTPUT/data/work EXP=$EXP_OUTPUT/exp/8k_telephone EVAL=$EXP_OUTPUT/eval
   SIM=$DATA/simulated_8k_telephone REAL=$DATA/real_8k_telephone WIDE=$DATA/wideband_16k
-  TRAIN_DATA=({"$SIM","$REAL","$WIDE"}/{train,dev}_formatted.jsonl)
+  PREPARE=("$PYTHON" local/prepare_training_data.py) TRAIN_DATA=({"$SIM","$REAL","$WIDE"}/{train,dev}_formatted.jsonl)
   TEST_DATA=({"$SIM","$REAL","$WIDE"}/{dev,test}_formatted.jsonl "$DATA/no_speech/test_formatted.jsonl")
   NAMES=("" stage1_encoder_adapt stage2_adapter_align stage3_lora_domain)
-  PREPARE=("$PYTHON" local/prepare_training_data.py) LIMIT=(--max_reject_ratio "$MAX_REJECT_RATIO")
   WORKERS=(--num_workers "${NUM_WORKERS:-$(nproc)}" ${DASK_SCHEDULER:+--dask_scheduler "$DASK_SCHEDULER"})
+  LIMITED=("${WORKERS[@]}" --max_reject_ratio "$MAX_REJECT_RATIO")
   mkdir -p "$EXP_OUTPUT" || exit 1
   # Everything started from here inherits the lock, so what a killed run left behind still holds it.
   exec 9>"$EXP_OUTPUT/.lock$NODE_RANK"

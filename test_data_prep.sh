@@ -31,6 +31,7 @@ for kind in raw_16k:simulated_8k_telephone real_8k:real_8k_telephone; do
     splits=$split
     if [[ $split == dev ]]; then splits=$dev; fi
     take "$option" "$folder/$splits" "${!path}"
+    if [[ $name == raw_16k ]]; then wholes+=("wideband_16k/$splits=${!path}"); fi
   done
 done
 
@@ -51,6 +52,6 @@ seconds=$(echo "$(simulate 1) $(simulate "$rows") $rows" |
 
 echo
 echo "The whole would take (time on one core; it falls with the number of cores):"
-"$PYTHON" local/prepare_training_data.py stats --data_dir "$trial/data" --estimate "${wholes[@]}" \
-  --simulation_seconds "$seconds" 2>"$trial/again.log"
+"$PYTHON" local/prepare_training_data.py stats --data_dir "$trial/data" --estimate "$seconds" \
+  --source "${wholes[@]}" 2>"$trial/again.log"
 echo "Listen to the examples named in $trial/data/STAGE0_COMPLETION_REPORT.md, then: bash run_experiment.sh 0"

@@ -38,12 +38,8 @@ class UserError(Exception):
 
 def run(main: Callable[[], None]) -> None:
     """Run a helper's `main()` with logging set up; turn a user's mistake into one line and an exit code."""
-    logging.basicConfig(
-        level=logging.INFO,
-        stream=sys.stderr,
-        format="%(asctime)s (%(filename)s:%(lineno)d) %(levelname)s: %(message)s",
-        datefmt="%H:%M:%S",
-    )
+    line = "%(asctime)s (%(filename)s:%(lineno)d) %(levelname)s: %(message)s"
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=line, datefmt="%H:%M:%S")
     try:
         main()
     except UserError as error:
@@ -112,12 +108,10 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def progress(items: Iterable, total: int | None, title: str) -> Iterable:
-    """Show rate and time left on stderr: a bar on a terminal, a line every ten seconds in a log."""
-    terminal = sys.stderr.isatty()
-    return tqdm(
-        items, total=total, desc=title, unit="", file=sys.stderr, ascii=not terminal,
-        mininterval=0.2 if terminal else 10.0, dynamic_ncols=terminal,
-    )
+    """Show rate and time left on stderr: a bar on a terminal, a line every five seconds in a log."""
+    terminal, line = sys.stderr.isatty(), "{desc}: {n_fmt}/{total_fmt} in {elapsed}, {rate_fmt}, {remaining} left\n"
+    in_log = {"mininterval": 5.0, "delay": 5.0, "bar_format": line}
+    return tqdm(items, total=total, desc=title, unit="", dynamic_ncols=terminal, **({} if terminal else in_log))
 
 
 def file_hash(path: str | os.PathLike) -> str:
@@ -132,9 +126,7 @@ def file_hash(path: str | os.PathLike) -> str:
 def parallel(
     function: Callable, items: Iterable, num_workers: int, dask_scheduler: str | None = None, batch_size: int = 16
 ) -> Iterator:
-    """Yield function(item) for each item, in order, from worker processes; only some items are read ahead.
-
-    `batch_size` items go to a worker at a time; 1 where an item is much work.
+    """Yield function(item) for each item, in order, from worker processes that take `batch_size` items at a time.
 
     UserError for a worker that the system killed, or a Dask scheduler (tcp://host:port) that does not answer.
     """

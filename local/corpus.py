@@ -2,14 +2,14 @@
 
     with open_ledger("train.jsonl", max_reject_ratio=0.05) as ledger:
         for entry in read_rows("corpus/train.jsonl"):   # or a folder with wav.scp and text
-            if entry.row: ledger.keep(entry.row)        # its fields have the right types, `source` is absolute
-            else: ledger.reject(entry.given, entry.reason, entry.detail)
+            ledger.add(entry)  # either a row, whose fields have the right types and whose `source` is absolute, or none
 
 Every line becomes one entry, and every entry goes to one side, so in = out + rejected.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -23,7 +23,8 @@ import numpy as np
 
 from common import UserError, atomic_write, read_jsonl
 
-OPTIONAL = ("raw_target", "speaker", "call", "language", "corpus", "band", "wideband_source")
+OPTIONAL = ("raw_target", "speaker", "call", "language", "corpus", "band", "offered", "wideband_source")
+FIELDS = ("key", "source", "target", *OPTIONAL, "channel", "start", "end")
 MAX_DEPTH = 100  # brackets within brackets: far below what workers and writers of JSON can take
 
 
@@ -38,7 +39,8 @@ class Entry(NamedTuple):
 
 def read_rows(path: str | os.PathLike) -> Iterator[Entry]:
     """Yield every utterance of a JSONL file or a Kaldi data directory, in order; UserError for another path."""
-    return (_read_jsonl if os.path.isfile(path) else _read_kaldi)(corpus_files(path)[0])
+    first = corpus_files(path)[0]
+    return _read_jsonl(first) if os.path.isfile(path) else _read_kaldi(first)
 
 
 def filtered_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
@@ -67,33 +69,23 @@ def count_rows(path: str | os.PathLike) -> int:
 
 def check_row(given: dict[str, Any], base: Path) -> Entry:
     """Check the types of one row's fields and make its source absolute; fields this recipe does not know are left."""
-    row: dict[str, Any] = {}
-    for name in ("key", "source", "target", *OPTIONAL):
-        value = given.get(name)
-        if name != "target" and type(value) is int:
-            value = str(value)  # ids are often bare numbers in people's JSON
-        if value is None or (value == "" and name in OPTIONAL):
-            continue
-        if not isinstance(value, str):
-            return Entry(given, None, "bad_field", f"{name} is a {type(value).__name__}, not text")
-        row[name] = value
+    row = {name: given[name] for name in FIELDS if given.get(name) is not None}
+    for name, value in list(row.items()):
+        if name in ("start", "end"):
+            good, wanted = type(value) in (int, float) and 0 <= value < 1e7, "a time in seconds"
+        elif name == "channel":
+            good, wanted = isinstance(value, dict) or (type(value) is int and value >= 0), "0, 1, ..."
+        else:
+            if name != "target" and type(value) is int:
+                row[name] = value = str(value)  # ids are often bare numbers in people's JSON
+            good, wanted = isinstance(value, str) and (name != "source" or "\0" not in value), "text"
+        if not good:
+            return Entry(given, None, "bad_field", f"{name} {value!r:.40} is not {wanted}")
+        if value == "" and name in OPTIONAL:
+            del row[name]
     for name in ("key", "source", "target"):
         if name not in row or (name != "target" and not row[name].strip()):
             return Entry(given, None, "missing_field", f"no {name}")
-    if "\0" in row["source"]:
-        return Entry(given, None, "bad_field", "a NUL in source")
-    channel = given.get("channel")
-    if not (channel is None or isinstance(channel, dict) or (type(channel) is int and channel >= 0)):
-        return Entry(given, None, "bad_field", f"channel {channel!r:.40} is not 0, 1, ...")
-    if channel is not None:
-        row["channel"] = channel
-    for name in ("start", "end"):
-        value = given.get(name)
-        if value is None:
-            continue
-        if type(value) not in (int, float) or not 0 <= value < 1e7:
-            return Entry(given, None, "bad_field", f"{name} {value!r:.40} is not a time in seconds")
-        row[name] = float(value)
     if row.get("end", math.inf) <= row.get("start", 0.0):
         return Entry(given, None, "bad_segment", f"start {row.get('start', 0.0)} s, end {row['end']} s")
     row["source"] = os.path.abspath(base / row["source"])
@@ -124,12 +116,14 @@ class Seen:
         self.sorted, self.latest = np.empty(0, np.int64), set[int]()
 
     def __contains__(self, text: str) -> bool:
-        at = np.searchsorted(self.sorted, hash(text))
-        return hash(text) in self.latest or (at < len(self.sorted) and int(self.sorted[at]) == hash(text))
+        wanted = hash(text)
+        at = np.searchsorted(self.sorted, wanted)
+        return wanted in self.latest or (at < len(self.sorted) and int(self.sorted[at]) == wanted)
 
     def add(self, text: str) -> None:
+        """Add a text that is not there yet."""
         self.latest.add(hash(text))
-        if len(self.latest) == 2000:
+        if len(self.latest) >= 2000 + len(self.sorted) // 64:
             self.sorted = np.append(self.sorted, np.fromiter(self.latest, np.int64))
             self.sorted.sort()
             self.latest = set()
@@ -198,6 +192,7 @@ def _read_kaldi(utterances: Path) -> Iterator[Entry]:
             try:
                 recording, start, end = rest.split()
                 given["start"], given["end"] = float(start), float(end)
+                json.dumps(given, allow_nan=False)  # float() reads "nan"
             except ValueError:
                 yield Entry(f"{key} {rest}", None, "bad_segment", f"segments: {key} {rest:.100}")
                 continue
@@ -217,23 +212,17 @@ def _read_kaldi(utterances: Path) -> Iterator[Entry]:
 
 def group_rows(rows: list[dict[str, Any]], by: Iterable[str]) -> list[list[int]]:
     """Rows that share a value of any field in `by`, or a recording, directly or by way of other rows, are one group."""
-    leader = list(range(len(rows)))  # of each row, one of its group; the group's own leads itself
+    from scipy.sparse import coo_array  # slow to import, and nothing else here needs it
+    from scipy.sparse.csgraph import connected_components
 
-    def find(i: int) -> int:
-        while leader[i] != i:
-            leader[i] = leader[leader[i]]
-            i = leader[i]
-        return i
-
-    first: dict[tuple[str, str], int] = {}
-    for i, row in enumerate(rows):
-        for name in (*by, "source"):
-            if row.get(name):
-                leader[find(i)] = find(first.setdefault((name, row[name]), i))
-    groups: dict[int, list[int]] = {}
-    for i in range(len(rows)):
-        groups.setdefault(find(i), []).append(i)
-    return list(groups.values())
+    values: dict[tuple[str, str], int] = {}
+    pairs = [(i, values.setdefault((name, row[name]), len(rows) + len(values)))
+             for i, row in enumerate(rows) for name in (*by, "source") if row.get(name)]
+    size = len(rows) + len(values)
+    graph = coo_array((np.ones(len(pairs)), np.transpose(pairs)), (size, size))
+    label = connected_components(graph, directed=False)[1]
+    order = sorted(range(len(rows)), key=label.__getitem__)
+    return [list(group) for _, group in itertools.groupby(order, key=label.__getitem__)]
 
 
 def hash_share(text: str) -> float:
@@ -248,6 +237,13 @@ class Ledger:
         self.files = kept, rejected
         self.kept = 0
         self.reasons: Counter[str] = Counter()
+
+    def add(self, entry: Entry) -> None:
+        """Write an entry to the side it belongs to."""
+        if entry.row is None:
+            self.reject(entry.given, entry.reason, entry.detail)
+        else:
+            self.keep(entry.row)
 
     def keep(self, row: dict[str, Any]) -> None:
         """Write a row to the output."""

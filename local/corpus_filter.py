@@ -10,11 +10,13 @@ the other sets (duplicates, leakage). Train alone is cut by limits on length, ra
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import logging
 import os
 import re
 import unicodedata
+from array import array
 from typing import Any
 
 import numpy as np
@@ -115,39 +117,34 @@ def spoken_length(text: str) -> float:
 
 def filter_corpus(args: argparse.Namespace) -> None:
     """Read a corpus, normalise its text, drop what breaks a rule and say why."""
-    rules = TextRules.load(args.conf)
-    limits = train_limits(args, rules)
-    others = read_others(args.against)
-    heard = Seen()
-    wrong = 0
-    check_text = args.filter_annotation_error == "true"
-    entries = unique(_apply_text(entry, rules, check_text) for entry in read_rows(args.input))
+    rules, total = TextRules.load(args.conf), count_rows(args.input)
+    others = read_others(args.against, args.against_audio)
+    settings = {"rules": rules, "check_text": args.filter_annotation_error == "true", "offered": args.expect_band}
+    work = functools.partial(inspect, limits=train_limits(args, rules, total), **settings)
+    heard, wrong = Seen(), 0
     with open_ledger(args.output, args.max_reject_ratio) as ledger:
-        inspected = parallel(inspect, entries, args.num_workers, args.dask_scheduler)
-        for entry, facts in progress(inspected, count_rows(args.input), f"filter {args.split}"):
-            if entry.row is None:
-                ledger.reject(entry.given, entry.reason, entry.detail)
-            elif problem := find_problem(entry.row, facts, heard, others, limits):
-                ledger.reject(entry.given, *problem)
-            else:
-                heard.add(facts["hash"])
-                wrong += args.expect_band not in (None, facts["band"])
-                measured = {"seconds": round(facts["seconds"], 3), "audio_hash": facts["hash"], "band": facts["band"]}
-                ledger.keep(entry.row | measured)
+        inspected = parallel(work, unique(read_rows(args.input)), args.num_workers, args.dask_scheduler)
+        for entry in progress(inspected, total, f"filter {args.split}"):
+            if entry.row and (problem := find_copy(entry.row, heard, others)):
+                entry = Entry(entry.given, None, *problem)
+            elif entry.row:
+                heard.add(entry.row["audio_hash"])
+                wrong += args.expect_band not in (None, entry.row["band"])
+            ledger.add(entry)
     if wrong:
         message = "%d of %d rows offered as %s are not, by their energy above 4 kHz"
         logging.warning(message, wrong, ledger.kept, args.expect_band)
 
 
-def train_limits(args: argparse.Namespace, rules: TextRules) -> dict[str, float]:
+def train_limits(args: argparse.Namespace, rules: TextRules, total: int) -> dict[str, float]:
     """The limits that the command line and the rules set on a train set; none for dev and test."""
     if args.split != "train":
         logging.info("%s is never cut by the train-only rules on length, rate of speech, level", args.split)
         return {}
-    longest: float | None = args.max_speech_length
+    longest = args.max_speech_length
     if args.max_speech_percentile is not None:
-        frames = []
-        for entry in progress(read_rows(args.input), count_rows(args.input), "lengths"):
+        frames = array("I")
+        for entry in progress(read_rows(args.input), total, "lengths"):
             with contextlib.suppress(audio.AudioError):
                 if entry.row:
                     samples, rate, _ = audio.length(entry.row["source"], **segment(entry.row))
@@ -159,60 +156,64 @@ def train_limits(args: argparse.Namespace, rules: TextRules) -> dict[str, float]
     return rules.limits if longest is None else rules.limits | {"max_speech_length": longest}
 
 
-def read_others(paths: list[str]) -> dict[tuple[str, str], str]:
-    """The set that each audio, call and speaker of other sets is in."""
-    owners: dict[tuple[str, str], str] = {}
-    for path in paths:
-        for row in filtered_rows(path):
-            for identity in _identities(row, row["audio_hash"]):
-                owners.setdefault(identity, path)
-    return owners
-
-
-def _identities(row: dict[str, Any], audio_hash: str) -> list[tuple[str, str]]:
-    pairs = [("audio", row["source"]), ("audio", audio_hash)] + [(what, row.get(what)) for what in ("call", "speaker")]
-    return [(what, value) for what, value in pairs if value]
-
-
-def _apply_text(entry: Entry, rules: TextRules, check: bool) -> Entry:
+def inspect(
+    entry: Entry, rules: TextRules, check_text: bool, limits: dict[str, float], offered: str | None
+) -> Entry:
+    """Judge one utterance by its text and its samples (in a worker); its row gets seconds, band and audio_hash."""
     if entry.row is None:
         return entry
     raw = entry.row["target"]
-    if check and (broken := rules.reason(raw)):
+    if check_text and (broken := rules.reason(raw)):
         return Entry(entry.given, None, broken[0], f"{broken[1]}: {raw[:100]!r}")
-    return Entry(entry.given, {"raw_target": raw} | entry.row | {"target": rules.normalise(raw)})
-
-
-def inspect(entry: Entry) -> tuple[Entry, dict[str, Any]]:
-    """Measure one utterance's audio (in a worker): seconds, level in dBov, share clipped, band, a hash."""
-    if entry.row is None:
-        return entry, {}
     try:
         x, rate = audio.read(entry.row["source"], **segment(entry.row))
     except audio.AudioError as error:
-        return Entry(entry.given, None, error.reason, str(error)), {}
-    return entry, {
-        "seconds": len(x) / rate,
+        return Entry(entry.given, None, error.reason, str(error))
+    text = rules.normalise(raw)
+    facts = {
         "frames": len(x) * 100 // rate,
-        "rate": spoken_length(entry.row["target"]) * rate / len(x),
+        "rate": spoken_length(text) * rate / len(x),
         "level": audio.rms_level(x.astype(np.float64)),
         "clipped": float(np.mean(np.abs(x) >= 0.98)),  # full scale of mu-law is 0.9803, of A-law 0.984
-        "band": "telephone" if audio.is_narrow_band(x, rate) else "wideband",
-        "hash": hashlib.sha256(x.tobytes()).hexdigest()[:16],
     }
+    if problem := over_limit(facts, limits):
+        return Entry(entry.given, None, *problem)
+    row = {"raw_target": raw} | entry.row | {"target": text, "seconds": round(len(x) / rate, 3)}
+    row["audio_hash"] = hashlib.sha256(x.tobytes()).hexdigest()[:16]
+    row["band"] = "telephone" if audio.is_narrow_band(x, rate) else "wideband"
+    return Entry(entry.given, row | ({"offered": offered} if offered else {}))
 
 
-def find_problem(
-    row: dict[str, Any], facts: dict[str, Any], heard: Seen, others: dict, limits: dict[str, float]
-) -> tuple[str, str] | None:
-    """Reason and detail of what earlier audio, other sets or a limit have against a row, or None."""
-    if facts["hash"] in heard:
+def over_limit(facts: dict[str, float], limits: dict[str, float]) -> tuple[str, str] | None:
+    """Reason and detail of the first limit that is broken, or None."""
+    for name, limit in limits.items():
+        reason, what, unit = LIMITS[name]
+        if facts[what] > limit if name.startswith("max") else facts[what] < limit:
+            return reason, f"{facts[what]:.6g} {unit}, {name} is {limit:g}"
+    return None
+
+
+def read_others(same_corpus: list[str], other_corpora: list[str]) -> dict[tuple[str, str], str]:
+    """The set that each audio, call and speaker of other sets is in; of another corpus the audio alone."""
+    owners: dict[tuple[str, str], str] = {}
+    for path in (*same_corpus, *other_corpora):
+        for row in filtered_rows(path):
+            for identity in _identities(row):
+                if path in same_corpus or identity[0] == "audio":
+                    owners.setdefault(identity, path)
+    return owners
+
+
+def _identities(row: dict[str, Any]) -> list[tuple[str, str]]:
+    fields = {"source": "audio", "audio_hash": "audio", "call": "call", "speaker": "speaker"}
+    return [(what, row[field]) for field, what in fields.items() if row.get(field)]
+
+
+def find_copy(row: dict[str, Any], heard: Seen, others: dict[tuple[str, str], str]) -> tuple[str, str] | None:
+    """Reason and detail of what a row shares with an earlier one or with other sets, or None."""
+    if row["audio_hash"] in heard:
         return "duplicate_audio", f"the same audio came before under another key: {row['source']}"
-    for what, value in _identities(row, facts["hash"]):
+    for what, value in _identities(row):
         if (what, value) in others:
             return "leakage", f"{what} {value!r:.150} is in {others[what, value]} too"
-    for name, (reason, what, unit) in LIMITS.items():
-        value, limit = facts[what], limits.get(name)
-        if limit is not None and (value > limit if name.startswith("max") else value < limit):
-            return reason, f"{value:.6g} {unit}, {name} is {limit:g}"
     return None

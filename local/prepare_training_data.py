@@ -17,7 +17,6 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import audio
 import corpus
@@ -33,7 +32,7 @@ PROMPTS = {"written": "语音转写：", "spoken": "语音转写，不进行文�
 def split(args: argparse.Namespace) -> None:
     """Cut a dev set in two halves that share no call, no speaker and no recording."""
     rows = list(corpus.filtered_rows(args.input))
-    groups = corpus.group_rows(rows, ("call", "speaker"))
+    groups = corpus.group_rows(rows, ("call", "speaker")) if rows else []
     if len(groups) < 2:
         raise UserError(f"{args.input}: all rows hang together by call or speaker; give a test set of its own")
     halves: tuple[list[int], list[int]] = ([], [])
@@ -47,7 +46,7 @@ def split(args: argparse.Namespace) -> None:
 
 def sample(args: argparse.Namespace) -> None:
     """Write some rows of a corpus, bad ones too, chosen by a hash: a trial of what the whole will do."""
-    entries = corpus.read_rows(args.input)
+    entries = progress(corpus.read_rows(args.input), corpus.count_rows(args.input), "sample")
     with atomic_write(args.output) as file:
         for entry in heapq.nsmallest(args.rows, entries, key=lambda entry: corpus.hash_share(str(entry.given))):
             given = entry.row or entry.given
@@ -67,56 +66,48 @@ def convert(args: argparse.Namespace) -> None:
     if not marker.exists() or marker.read_text() != fingerprint:
         with atomic_write(marker) as file:
             file.write(fingerprint)
-    settings = {"folder": folder, "fs": args.output_fs, "upsample": args.do_upsample, "suffix": f".{args.audio_format}"}
-    work = functools.partial(to_training_audio, **settings, since=marker.stat().st_mtime)
     count = text_lengths(args.tokenizer)
+    work = functools.partial(format_entry, folder=folder, since=marker.stat().st_mtime, args=args)
     with corpus.open_ledger(args.output, args.max_reject_ratio) as ledger:
         done = parallel(work, corpus.unique(corpus.read_rows(args.input)), args.num_workers, args.dask_scheduler)
         for batch in batches(progress(done, corpus.count_rows(args.input), "convert"), 1000):
-            rows = [entry.row for entry in batch if entry.row]
-            for entry in batch:
-                if not entry.row:
-                    ledger.reject(entry.given, entry.reason, entry.detail)
-            for row, tokens in zip(rows, count([row["target"] for row in rows]), strict=True):
-                ledger.keep(format_row(row, tokens, args.text_style))
+            texts = [entry.row["messages"][-1]["content"] if entry.row else "" for entry in batch]
+            for entry, tokens in zip(batch, count(texts), strict=True):
+                ledger.add(entry._replace(row=entry.row and entry.row | {"text_length": tokens}))
     marker.unlink()
 
 
-def to_training_audio(entry: Entry, folder: Path, fs: int, upsample: bool, suffix: str, since: float) -> Entry:
-    """Make one utterance mono at `fs` (in a worker): refer to a file that is so already, write the others."""
-    row = entry.row
+def format_entry(entry: Entry, folder: Path, since: float, args: argparse.Namespace) -> Entry:
+    """Bring one utterance into the form of FunASR-Nano's dataset (in a worker), its audio mono at --output_fs.
+
+    A file that is so already is referred to, others are written; one newer than `since` and its source is kept.
+    """
+    row, fs = entry.row, args.output_fs
     if row is None:
         return entry
-    cut = corpus.segment(row)
+    path, cut = row["source"], corpus.segment(row)
     try:
-        samples, rate, plain = audio.length(row["source"], **cut)
-        if rate < fs and not upsample:
-            raise audio.AudioError("sampling_rate", f"{rate} Hz, {fs} wanted; --do_upsample raises it: {row['source']}")
-        path = row["source"]
+        samples, rate, plain = audio.length(path, **cut)
+        if rate < fs and not args.do_upsample:
+            raise audio.AudioError("sampling_rate", f"{rate} Hz, {fs} wanted; --do_upsample raises it: {path}")
         if not plain or rate != fs or "<|" in path:  # "<|" would end the prompt's audio token
-            path = os.path.abspath(folder / audio.file_name(row["key"], suffix))
+            path = os.path.abspath(folder / audio.file_name(row["key"], f".{args.audio_format}"))
             if not os.path.exists(path) or os.stat(path).st_mtime < max(since, os.stat(row["source"]).st_mtime):
                 x, rate = audio.read(row["source"], **cut)
                 audio.write(path, resample(x, rate, fs), fs)
             samples = audio.length(path).samples
+        if samples * 100 < fs:
+            raise audio.AudioError("too_short", f"{samples} samples at {fs} Hz are no 10 ms")
     except audio.AudioError as error:
         return Entry(entry.given, None, error.reason, str(error))
-    if samples * 100 // fs < 1:
-        return Entry(entry.given, None, "too_short", f"{samples} samples at {fs} Hz are no 10 ms")
-    kept = {name: value for name, value in row.items() if name not in cut}
-    return Entry(entry.given, kept | {"source": path, "speech_length": samples * 100 // fs})
-
-
-def format_row(row: dict[str, Any], text_length: int, text_style: str) -> dict[str, Any]:
-    """One row in the form of FunASR-Nano's dataset; FunASR ignores the fields it does not know."""
     messages = [
         {"role": "system", "content": "You are a helpful assistant."},
-        {"role": "user", "content": f"{PROMPTS[text_style]}<|startofspeech|>!{row['source']}<|endofspeech|>"},
+        {"role": "user", "content": f"{PROMPTS[args.text_style]}<|startofspeech|>!{path}<|endofspeech|>"},
         {"role": "assistant", "content": row["target"]},
     ]
-    carried = ("channel", *corpus.OPTIONAL)
-    lengths = {"speech_length": row["speech_length"], "text_length": text_length}
-    return {"key": row["key"], "messages": messages} | lengths | {name: row[name] for name in carried if name in row}
+    lengths = {"speech_length": samples * 100 // fs, "text_length": None}  # counted where the tokenizer is
+    carried = {name: row[name] for name in ("channel", *corpus.OPTIONAL) if name in row and name not in cut}
+    return Entry(entry.given, {"key": row["key"], "messages": messages} | lengths | carried)
 
 
 def text_lengths(folder: str | None) -> Callable[[list[str]], list[int]]:
@@ -136,81 +127,84 @@ def text_lengths(folder: str | None) -> Callable[[list[str]], list[int]]:
     return lambda texts: [len(row.ids) for row in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
+def between(low: float, high: float) -> Callable[[str], float]:
+    """A type of argparse: a number from `low` to `high`."""
+
+    def number(text: str) -> float:
+        if not low <= float(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return float(text)
+
+    return number
+
+
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    cores = len(os.sched_getaffinity(0))
-
-    def number(most: float) -> Callable[[str], float]:
-        def check(text: str) -> float:
-            if not 0 <= float(text) <= most:
-                raise argparse.ArgumentTypeError(f"between 0 and {most:g}")
-            return float(text)
-
-        return check
-
-    add = commands.add_parser("filter", help="Drop rows that break a rule of --conf, with the reason.").add_argument
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    shared = argparse.ArgumentParser(add_help=False)
+    add = shared.add_argument
     add("--input", required=True, help="JSONL file or Kaldi data directory.")
     add("--output", required=True, help="JSONL of the rows kept; rejects go to rejected_<stem>.jsonl beside it.")
+    add("--num_workers", type=int, default=len(os.sched_getaffinity(0)), help="Worker processes.")
+    add("--dask_scheduler", help="Run on this Dask cluster (tcp://host:port) instead of local processes.")
+
+    def command(function: Callable, text: str, *parents: argparse.ArgumentParser) -> Callable:
+        name = function.__name__.removesuffix("_corpus")
+        parser = commands.add_parser(name, help=text, description=text, parents=parents)
+        parser.set_defaults(function=function)
+        return parser.add_argument
+
+    add = command(filter_corpus, "Drop rows that break a rule of --conf, with the reason.", shared)
     add("--conf", default="conf/data_filter.yaml", help="Rules on text and audio.")
     add("--split", default="train", choices=("train", "dev", "test"), help="Only train is cut by the train_only rules.")
-    add("--max_reject_ratio", type=number(1), default=0.5, help="Exit 1 when a larger share of the rows is rejected.")
+    add("--max_reject_ratio", type=between(0, 1), default=0.5, help="Exit 1 when a larger share is rejected.")
     add("--filter_annotation_error", type=str.lower, choices=("true", "false"), default="true",
         help="Whether the rules on text drop rows.")
     add("--max_speech_length", type=int, help="Frames of 10 ms; overrides --conf.")
-    add("--max_speech_percentile", type=number(100), help="Fit the longest length to this percentile of the corpus.")
-    add("--against", nargs="*", default=[], help="Rows of other sets: what shares audio, call or speaker is dropped.")
-    add("--expect_band", choices=("wideband", "telephone"), help="Warn of rows whose spectrum says otherwise.")
-    add("--num_workers", type=int, default=cores, help="Worker processes.")
-    add("--dask_scheduler", help="Run on this Dask cluster (tcp://host:port) instead of local processes.")
+    add("--max_speech_percentile", type=between(0, 100), help="Fit --max_speech_length to this percentile of --input.")
+    add("--against", nargs="*", default=[], help="Other sets, filtered: what shares audio, call or speaker is dropped.")
+    add("--against_audio", nargs="*", default=[], help="Sets of other corpora, whose calls and speakers are others.")
+    add("--expect_band", choices=("wideband", "telephone"), help="Report rows whose spectrum says otherwise.")
 
-    add = commands.add_parser("convert", help="Write rows and audio in the form training reads.").add_argument
-    add("--input", required=True, help="JSONL of filtered or simulated rows, or a Kaldi data directory.")
-    add("--output", required=True, help="JSONL of formatted rows; rejects go to rejected_<stem>.jsonl beside it.")
+    add = command(convert, "Write rows and audio in the form training reads.", shared)
     add("--output_audio_dir", help="Where audio goes that cannot be used in place (default: audio beside the output).")
     add("--do_upsample", action="store_true", help="Raise audio below --output_fs to it (else rejected).")
     add("--output_fs", type=int, default=16000, choices=(8000, 16000), help="Sampling rate in Hz of every row's audio.")
     add("--audio_format", default="flac", choices=("flac", "wav"), help="FLAC is half as big, WAV is faster.")
     add("--tokenizer", help="Folder of the LLM's tokenizer, which counts text_length.")
     add("--text_style", default="written", choices=tuple(PROMPTS), help="How the corpus is written; picks the prompt.")
-    add("--max_reject_ratio", type=number(1), default=0.05, help="Exit 1 when a larger share of the rows is rejected.")
-    add("--num_workers", type=int, default=cores, help="Worker processes.")
-    add("--dask_scheduler", help="Run on this Dask cluster (tcp://host:port) instead of local processes.")
+    add("--max_reject_ratio", type=between(0, 1), default=0.05, help="Exit 1 when a larger share is rejected.")
 
-    add = commands.add_parser("split", help="Cut a dev set in two that share no call and no speaker.").add_argument
+    add = command(split, "Cut a dev set in two that share no call and no speaker.")
     add("--input", required=True, help="JSONL of filtered rows.")
     add("--dev", required=True, help="JSONL of the first half.")
     add("--test", required=True, help="JSONL of the second half.")
 
-    add = commands.add_parser("sample", help="Write some rows of a corpus, chosen by a hash.").add_argument
+    add = command(sample, "Write some rows of a corpus, chosen by a hash.")
     add("--input", required=True, help="JSONL file or Kaldi data directory.")
     add("--output", required=True, help="JSONL to write.")
     add("--rows", type=int, default=10, help="How many.")
 
-    add = commands.add_parser("validate", help="Check formatted files; exit 1 and ten problems.").add_argument
+    add = command(validate, "Check formatted files; exit 1 and ten problems.")
     add("--input", required=True, nargs="+", help="Formatted JSONL; train, dev and test are told by the files' names.")
-    add("--check_audio", action="store_true", help="Measure every file's audio again, not a sample of 200.")
+    add("--check_audio", action="store_true", help="Decode every file, not a sample of 200 beside all headers.")
     add("--fs", type=int, default=16000, help="Sampling rate in Hz that the audio must have.")
 
-    add = commands.add_parser("stats", help="Write the completion report of stage 0.").add_argument
+    add = command(stats, "Write the completion report of stage 0.")
     add("--data_dir", required=True, help="Folder with <corpus>/<split>_formatted.jsonl; the report is written there.")
     add("--source", nargs="*", default=[], metavar="CORPUS/SPLIT[,SPLIT]=PATH",
         help="Count this input again; exit 1 when a row of it is neither valid nor rejected.")
-    add("--estimate", nargs="*", default=[], metavar="CORPUS/SPLIT[,SPLIT]=PATH",
-        help="Say what this whole corpus will take, from --data_dir, which holds a sample of it.")
-    add("--simulation_seconds", type=float, default=0.0, help="Time that simulating the sample's train set took.")
+    add("--estimate", type=float, metavar="SECONDS",
+        help="Say what the whole of each --source will take: of --data_dir, a sample, simulating train took SECONDS.")
     return parser.parse_args(argv)
-
-
-COMMANDS = {
-    "filter": filter_corpus, "split": split, "sample": sample, "convert": convert, "validate": validate, "stats": stats,
-}
 
 
 def main(argv: list[str] | None = None) -> None:
     args = get_args(argv)
-    COMMANDS[args.command](args)
+    args.function(args)
 
 
 if __name__ == "__main__":
-    run(main)
+    import prepare_training_data  # workers find functions by the name of their module
+
+    run(prepare_training_data.main)

@@ -5,12 +5,11 @@
 
 import argparse
 import heapq
-import itertools
 import logging
 import os
 import re
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,9 @@ import numpy as np
 
 import audio
 from common import UserError, atomic_write, progress, read_jsonl
-from corpus import count_rows, hash_share, read_rows
+from corpus import Seen, count_rows, hash_share, read_rows
 
-SAMPLE = 200  # files whose audio is measured again; all of them with --check_audio
+SAMPLE = 200  # files that are decoded again; all of them with --check_audio
 SHOWN = 10
 PICTURE = "stage0_histograms.png"
 USER = re.compile(r"[^<]*<\|startofspeech\|>!(/.+)<\|endofspeech\|>", re.DOTALL)
@@ -29,40 +28,42 @@ USER = re.compile(r"[^<]*<\|startofspeech\|>!(/.+)<\|endofspeech\|>", re.DOTALL)
 
 def validate(args: argparse.Namespace) -> None:
     """Check formatted files; UserError with the number of problems, after the first ten of them."""
-    problems = check_files(args.input, args.fs, args.check_audio)
-    first = list(itertools.islice(problems, SHOWN))
-    for problem in first:
-        logging.error("%s", problem)
-    if first:
-        more = sum(1 for _ in problems)
-        raise UserError(f"{len(first) + more} problems in {', '.join(args.input)}; the first is: {first[0]}")
+    count, first = 0, ""
+    for count, problem in enumerate(check_files(args.input, args.fs, args.check_audio), 1):
+        first = first or problem
+        if count <= SHOWN:
+            logging.error("%s", problem)
+    if count:
+        raise UserError(f"{count} problems in {', '.join(args.input)}; the first is: {first}")
     logging.info("%d files are valid", len(set(args.input)))
 
 
 def check_files(paths: list[str], fs: int, check_all: bool) -> Iterator[str]:
     """Yield the problems of formatted files: structure, audio, lengths, unique keys, disjoint train, dev and test."""
-    owners: dict[int, str] = {}  # by hash: the names and paths of a million rows are large
+    seen: defaultdict[str, Seen] = defaultdict(Seen)  # names and paths, by role
     for path in dict.fromkeys(paths):  # one given twice is no leak
-        name = Path(path).stem
+        name, total, valid = Path(path).stem, count_rows(path), 0
         role = next((split for split in ("train", "dev", "test") if split in re.split("[_-]", name)), name)
-        total, keys = count_rows(path) if os.path.isfile(path) else 0, set[int]()
         for number, row in enumerate(progress(read_jsonl(path), total, f"validate {name}"), 1):
-            where = f"{path}:{number}"
             if problem := structure_problem(row, role):
-                yield f"{where}: {problem}"
+                yield f"{path}:{number}: {problem}"
                 continue
-            if hash(row["key"]) in keys:
-                yield f"{where}: key {row['key']!r:.100} was there before"
-            keys.add(hash(row["key"]))
+            valid += 1
             # Keys, calls and speakers are names within one corpus (folder); a path is a path everywhere.
-            names = [(os.path.dirname(path), what, row.get(what)) for what in ("key", "call", "speaker")]
-            for place, what, value in [*names, ("", "audio", audio_path(row))]:
-                owner = owners.setdefault(hash((place, what, str(value))), role) if value else role
-                if owner != role:
-                    yield f"{where}: {what} {value!r:.100} is in {owner} too"
+            names = [(what, row.get(what), os.path.dirname(path)) for what in ("key", "call", "speaker")]
+            names += [("audio", audio_path(row), ""), ("audio", row.get("wideband_source"), "")]
+            for what, value, place in names:
+                text = f"{what} {value} {place}"
+                if text in seen[role]:
+                    if what == "key":
+                        yield f"{path}:{number}: key {value!r:.100} was there before"
+                elif value:
+                    seen[role].add(text)
+                    for owner in (owner for owner in seen if owner != role and text in seen[owner]):
+                        yield f"{path}:{number}: {what} {value!r:.100} is in {owner} too"
             if problem := audio_problem(row, fs, check_all or hash_share(row["key"]) * total < SAMPLE):
-                yield f"{where}: {problem}"
-        if not keys:
+                yield f"{path}:{number}: {problem}"
+        if not valid:
             yield f"{path}: no valid rows"
 
 
@@ -87,20 +88,19 @@ def structure_problem(row: dict[str, Any], role: str) -> str | None:
     return None
 
 
-def audio_problem(row: dict[str, Any], fs: int, measure: bool) -> str | None:
-    """What is wrong with a row's audio, or None; without `measure` only whether it exists."""
-    path, frames = audio_path(row), row["speech_length"]
-    if not measure:
-        return None if os.path.isfile(path) else f"{path} does not exist"
+def audio_problem(row: dict[str, Any], fs: int, decode: bool) -> str | None:
+    """What is wrong with a row's audio by its header, and with `decode` by its samples, or None."""
+    path = audio_path(row)
     try:
-        plain = audio.length(path).plain
-        samples, rate = audio.read(path)
+        samples, rate, plain = audio.length(path)
+        if decode:
+            samples = len(audio.read(path)[0])
     except audio.AudioError as error:
         return str(error)
     if rate != fs or not plain:
         return f"{path} is not mono PCM at {fs} Hz (it is at {rate} Hz)"
-    found = len(samples) * 100 // fs
-    return None if found == frames else f"speech_length {frames}, but {path} has {found} frames"
+    found = samples * 100 // fs
+    return None if found == row["speech_length"] else f"speech_length {row['speech_length']}, {path} has {found} frames"
 
 
 def audio_path(row: dict[str, Any]) -> str:
@@ -114,20 +114,28 @@ class Part:
     def __init__(self, path: Path):
         split = path.stem.removesuffix("_formatted")
         self.path, self.name = path, f"{path.parent.name}/{split}"
-        self.frames, self.texts, self.bands = array("I"), array("q"), Counter()
-        for row in read_jsonl(path):
-            self.frames.append(row["speech_length"])  # 10 ms each
-            self.texts.append(hash(row["messages"][-1]["content"]))
-            self.bands[row.get("band")] += 1
-        self.sample = heapq.nsmallest(SAMPLE, read_jsonl(path), key=lambda row: hash_share(row["key"]))
+        self.frames, self.texts, self.other_bands = array("I"), array("q"), Counter()
+        self.sample = heapq.nsmallest(SAMPLE, self._rows(), key=lambda row: hash_share(row["key"]))
         # The driver gathers the rejects of all steps under the first name; one step has but its own.
         gathered = path.with_name(f"rejected_{split}.jsonl")
         self.rejects = gathered if gathered.is_file() else path.with_name(f"rejected_{path.name}")
-        self.reasons = Counter(row["reason"] for row in read_jsonl(self.rejects))
+        self.reasons, self.worst = Counter(), defaultdict(list)
+        for row in progress(read_jsonl(self.rejects), count_rows(self.rejects), f"report rejects of {self.name}"):
+            reason, reject = row["reason"], (self.name, str(row["key"])[:80], row["detail"][:200])
+            self.reasons[reason] += 1
+            self.worst[reason] = heapq.nlargest(SHOWN, [*self.worst[reason], reject], key=excess)
         self.rejected = self.reasons.total()
         self.rows = len(self.frames) + self.rejected
         self.hours = sum(self.frames) / 360_000
-        self.source_rows = "not counted"
+        self.source_rows: int | str = "not counted"
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        for row in progress(read_jsonl(self.path), count_rows(self.path), f"report {self.name}"):
+            self.frames.append(row["speech_length"])  # 10 ms each
+            self.texts.append(hash(row["messages"][-1]["content"]))
+            if row.get("offered", row.get("band")) != row.get("band"):
+                self.other_bands[row["band"]] += 1
+            yield row
 
     def shared_texts(self, parts: Iterable["Part"]) -> int:
         """Rows whose text is in another set of the corpus too: no reason to drop them, everybody says 好的."""
@@ -137,48 +145,45 @@ class Part:
 
 def stats(args: argparse.Namespace) -> None:
     """Write the report of stage 0 from the files it left in --data_dir; UserError when rows were lost."""
-    found = sorted(Path(args.data_dir).glob("*/*_formatted.jsonl"))
-    parts = {part.name: part for part in (Part(path) for path in found if not path.name.startswith("rejected_"))}
-    if not parts:
-        raise UserError(f"{args.data_dir} has no */*_formatted.jsonl; run stage 0 first", code=2)
     folder, lost = Path(args.data_dir), []
+    found = (path for path in sorted(folder.glob("*/*_formatted.jsonl")) if not path.name.startswith("rejected_"))
+    parts = {part.name: part for part in map(Part, found)}
+    if not parts:
+        raise UserError(f"{folder} has no */*_formatted.jsonl; run stage 0 first", code=2)
     for source in args.source:
-        chosen, rows = count_source(source, parts)
-        chosen[0].source_rows = str(rows)
-        if rows != (seen := sum(part.rows for part in chosen)):
+        names, _, path = source.partition("=")
+        corpus, _, splits = names.partition("/")
+        if missing := [split for split in splits.split(",") if f"{corpus}/{split}" not in parts]:
+            raise UserError(f"{source}: there is no {corpus}/{missing[0]} in {folder}", code=2)
+        chosen = [parts[f"{corpus}/{split}"] for split in splits.split(",")]
+        rows = sum(1 for _ in progress(read_rows(path), count_rows(path), f"count {path}"))
+        chosen[0].source_rows, seen = rows, sum(part.rows for part in chosen)
+        if args.estimate is not None:
+            train = parts.get("simulated_8k_telephone/train")
+            per_hour = args.estimate / train.hours if train and train.hours and corpus in train.name else None
+            print(estimate(source, rows, chosen, per_hour))
+        elif rows != seen:
             lost.append(f"{source} has {rows} rows, {seen} are valid or filtered")
-    for source in args.estimate:
-        print(estimate(source, parts, args.simulation_seconds))
-    draw(parts.values(), folder / PICTURE)
-    with atomic_write(folder / "STAGE0_COMPLETION_REPORT.md") as file:
-        file.write("\n".join(sections(parts.values())))
+    if args.estimate is None:
+        draw(parts.values(), folder / PICTURE)
+        with atomic_write(folder / "STAGE0_COMPLETION_REPORT.md") as file:
+            file.write("\n".join(sections(list(parts.values()))))
+        logging.info("%s: the report of %d sets is written", folder, len(parts))
     if lost:
         raise UserError(f"rows were lost: {'; '.join(lost)}")
-    logging.info("%s: the report of %d sets is written", folder, len(parts))
 
 
-def count_source(source: str, parts: dict[str, Part]) -> tuple[list[Part], int]:
-    """Of `CORPUS/SPLIT[,SPLIT]=PATH`: the parts that are named, and the rows in the file, read again."""
-    names, _, path = source.partition("=")
-    corpus, _, splits = names.partition("/")
-    try:
-        chosen = [parts[f"{corpus}/{split}"] for split in splits.split(",")]
-    except KeyError as error:
-        raise UserError(f"{source}: there is no {error} in --data_dir", code=2) from error
-    return chosen, sum(1 for _ in read_rows(path))
-
-
-def estimate(source: str, parts: dict[str, Part], simulation_seconds: float) -> str:
-    """What the whole of a corpus will take, from what became of a sample and the time to simulate its train set."""
-    chosen, rows = count_source(source, parts)
-    factor = rows / max(sum(part.rows for part in chosen), 1)
-    hours = factor * sum(part.hours for part in chosen)
-    size = factor * sum(os.path.getsize(audio_path(row)) for part in chosen for row in part.sample)
-    text = f"{source}: about {rows} utterances, {hours:.1f} hours, {size / 1e9:.2f} GB"
-    train = parts.get("simulated_8k_telephone/train")
-    if train and train.hours and source.startswith("simulated"):
-        text += f", {hours / train.hours * simulation_seconds / 3600:.3g} core-hours of simulation"
-    return text
+def estimate(source: str, rows: int, sample: list[Part], seconds_per_hour: float | None) -> str:
+    """What the `rows` of a whole corpus will take, from what became of a sample of them."""
+    factor = rows / max(sum(part.rows for part in sample), 1)
+    hours = factor * sum(part.hours for part in sample)
+    paths = [(part, audio_path(row)) for part in sample for row in part.sample]
+    # Audio that is used in place takes no room.
+    size = sum(os.path.getsize(path) for part, path in paths if path.startswith(os.path.abspath(part.path.parent)))
+    text = f"{source}: about {rows} utterances, {hours:.1f} hours, {factor * size / 1e9:.2f} GB"
+    if seconds_per_hour is None:
+        return text
+    return f"{text}, {hours * seconds_per_hour / 3600:.3g} core-hours of simulation, which is most of stage 0"
 
 
 def draw(parts: Iterable[Part], picture: Path) -> None:
@@ -211,27 +216,30 @@ def table(head: str, rows: Iterable[Iterable[Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def sections(parts: Iterable[Part]) -> Iterator[str]:
+def sections(parts: list[Part]) -> Iterator[str]:
     """Yield the report: valid rows, filtered by reason, lengths and levels, worst rejects, files to listen to."""
     yield "# Stage 0 completion report\n\n## Valid rows\n"
     yield table(
         "set | rows in | valid | filtered | share filtered | hours | rows in the source, counted again | "
-        "recorded without energy above 4 kHz | text in another set too",
+        "valid, but of another band than offered | text in another set too",
         ((p.name, p.rows, len(p.frames), p.rejected, f"{p.rejected / max(p.rows, 1):.1%}", f"{p.hours:.2f}",
-          p.source_rows, p.bands["telephone"], p.shared_texts(parts)) for p in parts),
+          p.source_rows, ", ".join(f"{count} {band}" for band, count in p.other_bands.items()) or 0,
+          p.shared_texts(parts)) for p in parts),
     )
     yield "In = valid + filtered. Rules on length, rate of speech and level hold for train only: dev and test are"
-    yield "never cut by them. A test set taken from dev shares dev's filtered rows and source. A text that another set"
-    yield "of the corpus has too is no reason to drop a row; shared audio, call or speaker is (leakage).\n"
+    yield "never cut by them. A test set taken from dev shares dev's filtered rows and source. Of another band: without"
+    yield "energy above 4 kHz and offered as wideband, or with it and offered as telephone speech. A text that another"
+    yield "set of the corpus has too is no reason to drop a row; shared audio, call or speaker is (leakage).\n"
     yield "## Filtered by reason\n"
     yield table("set | reason | rows", ((p.name, *counted) for p in parts for counted in p.reasons.most_common()))
     yield f"## Lengths and levels\n\n![Histograms of length and level]({PICTURE})\n"
     yield f"## The {SHOWN} worst per reason\n"
     for reason in sorted({reason for part in parts for reason in part.reasons}):
-        rejects = ((part.name, row) for part in parts for row in read_jsonl(part.rejects) if row["reason"] == reason)
-        worst = heapq.nlargest(SHOWN, rejects, key=lambda item: excess(item[1]["detail"]))
+        # The 16 kHz corpus is there twice, simulated and wideband: its rejects are told once.
+        rejects = [reject for part in reversed(parts) for reject in part.worst[reason]]
+        once = {(Path(reject[0]).name, *reject[1:]): reject for reject in rejects}.values()
         yield f"### {reason}\n"
-        yield table("set | key | detail", ((name, str(row["key"])[:80], row["detail"][:200]) for name, row in worst))
+        yield table("set | key | detail", heapq.nlargest(SHOWN, once, key=excess))
     yield "## Paths\n"
     yield table("set | valid rows | filtered rows", ((p.name, p.path, p.rejects) for p in parts))
     yield "## Listening examples\n"
@@ -240,7 +248,7 @@ def sections(parts: Iterable[Part]) -> Iterator[str]:
     yield table("set | file | text", cells)
 
 
-def excess(detail: str) -> float:
-    """How far a reject was from its limit, read from `VALUE ..., NAME is LIMIT`; 0 where nothing is measured."""
-    match = re.match(r"(-?(?:inf|[\d.e+-]+)) .*, \w+ is (-?[\d.e+-]+)$", detail)
+def excess(reject: tuple[str, str, str]) -> float:
+    """How far a reject was from its limit, read from its detail `VALUE ..., NAME is LIMIT`; 0 where there is none."""
+    match = re.match(r"(-?(?:inf|[\d.e+-]+)) .*, \w+ is (-?[\d.e+-]+)$", reject[2])
     return abs(float(match[1]) - float(match[2])) if match else 0.0

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import metrics
-from corpus_filter import LIMITS, TextRules, find_problem
+from corpus_filter import LIMITS, TextRules, over_limit
 from mini import ROOT
 from nano.config import flat_keys
 from telephone.channel import PROBABILITY, SCHEMA, draw, load_config
@@ -79,10 +79,10 @@ def test_a_key_of_the_text_policy_changes_the_text(key, values):
 
 @pytest.mark.parametrize("key", FILTER["train_only"])
 def test_a_limit_drops_a_row_or_does_not(key):
-    row, facts = {"key": "k", "source": "s"}, {"hash": "h"} | {what: 5.0 for _reason, what, _unit in LIMITS.values()}
+    facts = {what: 5.0 for _reason, what, _unit in LIMITS.values()}
     limit = {True: 4.0, False: 6.0}[key.startswith("max")]
-    assert find_problem(row, facts, set(), {}, {key: limit})[0] == LIMITS[key][0]
-    assert find_problem(row, facts, set(), {}, {key: 10.0 - limit}) is None
+    assert over_limit(facts, {key: limit})[0] == LIMITS[key][0]
+    assert over_limit(facts, {key: 10.0 - limit}) is None
 
 
 @pytest.mark.parametrize("number", range(len(FILTER["rules"])))

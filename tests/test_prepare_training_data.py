@@ -4,6 +4,7 @@ import filecmp
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -19,10 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import audio
-from common import UserError
-from corpus import Seen, group_rows, read_rows
+from common import UserError, progress
+from corpus import Seen, group_rows, hash_share, read_rows
 from corpus_filter import TextRules, spoken_length
 from prepare_training_data import main, text_lengths
+from telephone.resample import resample
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf/data_filter.yaml"
@@ -178,6 +180,14 @@ def test_what_leaks_from_dev_is_dropped_and_shared_text_is_not(tmp_path, corpus)
         assert caught.value.code == 2
 
 
+def test_another_corpus_shares_recordings_but_no_names(tmp_path, corpus):
+    filtered(tmp_path, corpus[:1], name="other_dev")
+    train = [corpus[3], corpus[2] | {"source": "u0.wav"}]
+    kept, reasons = filtered(tmp_path, train, "--against_audio", tmp_path / "other_dev.jsonl")
+    assert [row["key"] for row in kept] == ["u3"], "speaker s0 of another corpus is another person"
+    assert reasons == {"u2": "leakage"}
+
+
 def test_too_many_rejects_fail_and_show_why(tmp_path, corpus):
     rows = [*corpus, *({"key": f"n{i}", "source": "none.wav", "target": "好"} for i in range(4))]
     source, output = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
@@ -195,6 +205,7 @@ def test_too_many_rejects_fail_and_show_why(tmp_path, corpus):
         (["--help"], 0), (["filter", "--help"], 0), (["convert", "--help"], 0),
         (["filter", "--input", ".", "--output", "o.jsonl", "--conf", "conf"], 2),
         (["filter", "--input", ".", "--output", "o.jsonl", "--max_speech_percentile", "200"], 2),
+        (["filter", "--input", ".", "--output", "o.jsonl", "--max_reject_ratio", "five"], 2),
         (["sample", "--input", "data/README.md", "--output", "Makefile/x"], 1),
         (["validate", "--input", "none.jsonl"], 2), (["convert", "--input", "none.jsonl", "--output", "o.jsonl"], 2),
         (["convert", "--input", ".", "--output", "o.jsonl"], 2),
@@ -310,7 +321,8 @@ def test_a_compact_set_is_a_set(texts, before):
 def test_a_kaldi_folder_with_segments(tmp_path, monkeypatch):
     soundfile.write(tmp_path / "call 1.wav", speech(9.0, 8000), 8000)
     (tmp_path / "wav.scp").write_text(f"rec1 {tmp_path}/call 1.wav\nrec2 sph2pipe -f wav x.sph |\n")
-    (tmp_path / "segments").write_text("a rec1 0.5 2.5\nb rec1 3 -1\nc rec2 0 1\nd rec9 0 1\ne rec1 x y\nf rec1 0 1\n")
+    lines = ("a rec1 0.5 2.5", "b rec1 3 -1", "c rec2 0 1", "d rec9 0 1", "e rec1 nan 2", "f rec1 0 1")
+    write_lines(tmp_path / "segments", lines)
     (tmp_path / "text").write_text("a 你 好 啊\nb\t再见 了\nc 好\nd 好\ne 好\ng 好\nb 又一次\n")
     (tmp_path / "utt2spk").write_text("a zhang\nb li\n")
     entries = {(entry.row or entry.given)["key"] if isinstance(entry.given, dict) else "e": entry
@@ -358,7 +370,9 @@ def test_split_gives_two_halves_of_different_people(tmp_path, corpus):
     main(["split", "--input", str(source), "--dev", str(dev), "--test", str(test)])
     assert {row["key"] for row in read_lines(dev)} == {row["key"] for row in first}, "whatever the order of the file"
     write_lines(source, [row | {"speaker": "one"} for row in rows])
-    assert command("split", "--input", source, "--dev", dev, "--test", test).returncode == 1
+    for rows in (read_lines(source), []):
+        with pytest.raises(UserError, match="hang together"):
+            main(["split", "--input", str(write_lines(source, rows)), "--dev", str(dev), "--test", str(test)])
 
 
 def test_a_sample_takes_bad_rows_too_and_starts_anywhere(tmp_path, corpus):
@@ -414,8 +428,6 @@ def test_stereo_calls_segments_and_rates_become_16_khz_mono(tmp_path):
     assert [row["speech_length"] for row in rows] == [150, 300, 100, 100, 50]
     assert path_of(rows[3]) == str(tmp_path / "whole.flac") and rows[3]["channel"] == {"codec": "pcma"}
     assert "channel" not in rows[0]
-    from telephone.resample import resample
-
     expected = resample(left[48000:120240], 48000, 16000)
     assert np.abs(audio.read(path_of(rows[0]))[0] - expected).max() < 2**-14
 
@@ -477,8 +489,8 @@ def test_text_length_counts_tokens_of_the_models_tokenizer(tmp_path, corpus):
     rows = converted(tmp_path, corpus, "--do_upsample", "--tokenizer", tmp_path / "tokenizer")
     assert [row["text_length"] for row in rows] == [len(fast.tokenize(row["target"])) for row in corpus]
     texts = [f"您好，这里是第{i}号客服，请问有什么可以帮您的吗？" for i in range(10_000)]
-    count, start = text_lengths(str(tmp_path / "tokenizer")), time.time()
-    assert len(count(texts)) == 10_000 and time.time() - start < 6, "100,000 rows in under a minute"
+    count, start = text_lengths(str(tmp_path / "tokenizer")), time.process_time()
+    assert len(count(texts)) == 10_000 and time.process_time() - start < 12, "100,000 rows in a minute on two cores"
     for folder in (tmp_path / "none", tmp_path):
         with pytest.raises(UserError) as caught:
             text_lengths(str(folder))
@@ -514,8 +526,34 @@ def test_validate_finds_each_fault_and_exits_1(tmp_path, corpus):
         with pytest.raises(UserError, match=message) as caught:
             main(["validate", "--input", str(train)])
         assert caught.value.code == 1
+    write_lines(train, [rows[0]] * 13)
+    done = command("validate", "--input", train)
+    assert done.returncode == 1 and done.stderr.count("ERROR") == 10 and "error: 12 problems" in done.stderr
     train.write_text("")
     assert command("validate", "--input", train).returncode == 1
+
+
+def test_validate_reads_every_header_and_decodes_what_it_is_told_to(tmp_path, corpus):
+    row = converted(tmp_path, corpus[:1], "--do_upsample")[0]
+    rows = sorted((row | {"key": f"k{i}"} for i in range(2000)), key=lambda row: hash_share(row["key"]))
+    soundfile.write(tmp_path / "low.wav", speech(2.0, 8000), 8000)
+    whole = Path(path_of(row)).read_bytes()
+    (tmp_path / "damaged.flac").write_bytes(whole[: len(whole) // 2])
+    prompt = "<|startofspeech|>!{}<|endofspeech|>"
+    train = tmp_path / "train.jsonl"
+    for name, options, message in (("low.wav", [], "8000 Hz"), ("damaged.flac", ["--check_audio"], "damaged")):
+        write_lines(train, [*rows[:-1], rows[-1] | asking(row, prompt.format(tmp_path / name))])
+        with pytest.raises(UserError, match=f"1 problems.*{message}"):
+            main(["validate", "--input", str(train), *options])
+
+
+def test_validate_finds_a_recording_that_two_corpora_share(tmp_path, corpus):
+    row = converted(tmp_path, corpus[:1], "--do_upsample")[0]
+    for name in ("one/train.jsonl", "two/test.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        write_lines(tmp_path / name, [row])
+    with pytest.raises(UserError, match="1 problems.*audio '.*' is in train too"):
+        main(["validate", "--input", str(tmp_path / "one/train.jsonl"), str(tmp_path / "two/test.jsonl")])
 
 
 def test_the_report_adds_up_and_says_when_it_does_not(tmp_path, corpus):
@@ -530,7 +568,7 @@ def test_the_report_adds_up_and_says_when_it_does_not(tmp_path, corpus):
     words = ["stats", "--data_dir", str(tmp_path / "data"), "--source", f"real_8k_telephone/train={source}"]
     main(words)
     report = (tmp_path / "data/STAGE0_COMPLETION_REPORT.md").read_text()
-    assert "| real_8k_telephone/train | 7 | 6 | 1 | 14.3% | 0.00 | 7 | 6 | 2 |" in report, "two texts are dev's too"
+    assert "| real_8k_telephone/train | 7 | 6 | 1 | 14.3% | 0.00 | 7 | 0 | 2 |" in report, "two texts are dev's too"
     assert "| bad_json | 1 |" in report
     assert f"| {output} | {data}/rejected_train.jsonl |" in report
     assert (tmp_path / "data/stage0_histograms.png").stat().st_size > 10_000
@@ -539,7 +577,53 @@ def test_the_report_adds_up_and_says_when_it_does_not(tmp_path, corpus):
         main(words)
 
 
+@pytest.mark.parametrize(("offered", "count"), [("wideband", "2 telephone"), ("telephone", "1 wideband")])
+def test_the_report_counts_audio_of_another_band_than_offered(tmp_path, corpus, offered, count):
+    soundfile.write(tmp_path / "wide.wav", speech(2.0, 16000), 16000)
+    soundfile.write(tmp_path / "upsampled.wav", resample(speech(2.0, 8000, 7), 8000, 16000), 16000)
+    rows = [corpus[0] | {"key": name, "source": f"{name}.wav"} for name in ("u0", "wide", "upsampled")]
+    filtered(tmp_path, rows, "--expect_band", offered)
+    output = tmp_path / "data/c/train_formatted.jsonl"
+    main(["convert", "--input", str(tmp_path / "train.jsonl"), "--output", str(output), "--do_upsample"])
+    main(["stats", "--data_dir", str(tmp_path / "data")])
+    report = (tmp_path / "data/STAGE0_COMPLETION_REPORT.md").read_text()
+    assert f"| c/train | 3 | 3 | 0 | 0.0% | 0.00 | not counted | {count} | 0 |" in report
+
+
+def test_the_report_shows_the_ten_that_are_furthest_from_the_limit(tmp_path, corpus):
+    lengths = [2.1 + 0.1 * i for i in range(12)]
+    random.Random(0).shuffle(lengths)
+    for i, length in enumerate(lengths):
+        soundfile.write(tmp_path / f"w{i}.wav", speech(length, 8000, 50 + i), 8000)
+    rows = [{"key": f"long{lengths[i]:.1f}", "source": f"w{i}.wav", "target": "你好世界"} for i in range(12)]
+    filtered(tmp_path, [corpus[0], *rows], "--max_speech_length", 200)
+    data = tmp_path / "data/c"
+    main(["convert", "--input", str(tmp_path / "train.jsonl"), "--output", str(data / "train_formatted.jsonl"),
+          "--do_upsample"])
+    (tmp_path / "rejected_train.jsonl").rename(data / "rejected_train.jsonl")
+    main(["stats", "--data_dir", str(tmp_path / "data")])
+    worst = (tmp_path / "data/STAGE0_COMPLETION_REPORT.md").read_text().split("### too_long")[1].split("##")[0]
+    assert re.findall(r"long[\d.]+", worst) == [f"long{length:.1f}" for length in sorted(lengths)[:1:-1]]
+
+
+def test_every_reason_the_code_gives_is_in_the_data_page():
+    sources = "\n".join(path.read_text() for path in (ROOT / "local").glob("*.py"))
+    given = set(re.findall(r'(?:AudioError\(|Entry\(.*, None, |return )"([a-z]+_[a-z_]+)"', sources))
+    assert {"leakage"} | given <= set(re.findall(r"`(\w+)`", (ROOT / "data/README.md").read_text())) and len(given) > 9
+
+
 # --- faults
+
+
+def test_progress_in_a_log_is_a_line_now_and_then_and_nothing_for_short_work(capsys, monkeypatch):
+    now = [0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    for title, count in (("short", 4), ("long", 100)):
+        for _ in progress(range(count), count, title):
+            now[0] += 1
+    lines = capsys.readouterr().err.split("\n")
+    assert all("short" not in line for line in lines)
+    assert 15 < len([line for line in lines if "long: " in line and " left" in line]) < 25
 
 
 def same_tree(one, two):
@@ -619,7 +703,12 @@ def test_data_prep_takes_ten_of_each_corpus_and_says_what_the_whole_would_take(t
     done = subprocess.run(line, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr + done.stdout
     assert f"simulated_8k_telephone/train={home}/raw_16k_train.jsonl: about 17 utterances, 0.0 hours" in done.stdout
-    assert "core-hours of simulation" in done.stdout and done.stdout.count(": about 17 utterances") == 4
+    assert "core-hours of simulation" in done.stdout and done.stdout.count(": about 17 utterances") == 6
+    assert f"wideband_16k/train={home}/raw_16k_train.jsonl: about 17 utterances, 0.0 hours, 0.00 GB\n" in done.stdout
+    for part in ("simulated_8k_telephone", "real_8k_telephone", "wideband_16k"):
+        names = ("train_formatted", "rejected_train", "dev_formatted", "rejected_dev", "test_formatted")
+        rows = [len(read_lines(home / f"exp/test_data_prep/data/{part}/{name}.jsonl")) for name in names]
+        assert rows[0] + rows[1] == 10 and sum(rows[2:]) == 10, (part, rows)
     report = (home / "exp/test_data_prep/data/STAGE0_COMPLETION_REPORT.md").read_text()
     assert "| real_8k_telephone/train | 10 |" in report and "| simulated_8k_telephone/train | 10 |" in report
     assert sorted(path.name for path in (home / "exp").iterdir() if path.name[0] != ".") == ["model", "test_data_prep"]
@@ -628,16 +717,37 @@ def test_data_prep_takes_ten_of_each_corpus_and_says_what_the_whole_would_take(t
 @pytest.mark.full
 def test_twenty_kills_and_a_rerun_end_in_the_same_bytes(tmp_path, corpus):
     source, folder = write_lines(tmp_path / "in.jsonl", many(corpus, 3000)), tmp_path / "out"
+    start = time.monotonic()
     assert start_convert(folder, source, "--num_workers", 2).wait() == 0
+    took = time.monotonic() - start
     folder.rename(tmp_path / "whole")
-    rng = random.Random(0)
+    rng, left = random.Random(0), []
     for _ in range(20):
         process = start_convert(folder, source, "--num_workers", 2)
-        time.sleep(rng.uniform(0.3, 3.0))
+        time.sleep(rng.uniform(0, took))
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        left.append(len(list(folder.rglob("*.flac"))))
+    assert any(0 < count < 3000 for count in left), f"no kill came between the first file and the last: {left}"
     assert start_convert(folder, source, "--num_workers", 2).wait() == 0
     assert same_tree(tmp_path / "whole", folder)
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, corpus):
+    source, folder = write_lines(tmp_path / "in.jsonl", corpus), tmp_path / "folder"
+    folder.mkdir(mode=0o555)
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "none", folder]
+    if os.geteuid() == 0 and subprocess.run(mount, check=False).returncode:
+        pytest.skip("root may write anywhere here")
+    try:
+        for words in (["convert", "--output", folder / "o.jsonl"], ["filter", "--output", folder / "o.jsonl"],
+                      ["convert", "--output", tmp_path / "o.jsonl", "--output_audio_dir", folder, "--do_upsample"]):
+            done = command(*words, "--input", source)
+            assert done.returncode == 1 and str(folder) in done.stderr, done.stderr
+            assert "choose another EXP_OUTPUT" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", folder], check=True)
 
 
 def test_changed_settings_or_input_after_a_kill_redo_the_files(tmp_path, corpus):
