@@ -13,7 +13,7 @@ import yaml
 
 from check_training import check_before, check_checkpoint, check_room, gpu_bytes
 from common import UserError
-from mini import QUICK, ROOT, STAGES, arguments, make_model, make_rows, train_here
+from mini import QUICK, ROOT, STAGES, arguments, log_line, make_model, make_rows, train_here
 from nano import weights
 from nano.config import build_on_meta, effective, flat_keys, read_stage
 from nano.dataset import Once
@@ -328,17 +328,14 @@ def test_a_row_that_was_missed_or_repeated_fails_the_stage(count, processes, mes
     ([2.0, 2.0], "did not fall"), ([2.0, "nan"], "no finite"), ([], "no finite"),
 ])  # fmt: skip
 def test_a_loss_that_is_not_finite_or_did_not_fall_fails_the_stage(tmp_path, losses, message):
-    lines = [f"train, rank: 0, epoch: {number}/9, (loss_avg_slice: {loss}), " for number, loss in enumerate(losses)]
-    (tmp_path / "train.log").write_text("\n".join(lines))
+    (tmp_path / "train.log").write_text("".join(log_line(epoch=epoch, loss=loss) for epoch, loss in enumerate(losses)))
     with pytest.raises(UserError, match=message):
         check_loss(tmp_path / "train.log")
 
 
 def test_the_thirty_percent_target_is_reported_and_no_reason_to_fail(tmp_path):
     for last, met in ((1.9, False), (1.3, True)):
-        losses = enumerate([2.0, last])
-        lines = [f"train, rank: 0, epoch: {epoch}/9, (loss_avg_slice: {loss}), " for epoch, loss in losses]
-        (tmp_path / "train.log").write_text("\n".join(lines))
+        (tmp_path / "train.log").write_text(log_line(epoch=0, loss=2.0) + log_line(epoch=1, loss=last))
         assert check_loss(tmp_path / "train.log")["loss_target_met"] is met
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,8 @@ import torch
 
 from common import UserError, read_jsonl
 from nano import weights
+from nano.train_log import read_log
 
-LOSS = re.compile(r"train, rank: 0, epoch: (\d+)/.*?\(loss_avg_slice: ([^)]+)\)")
 LOSS_TARGET = 0.3  # the plan's: reported, no reason to fail
 
 
@@ -69,9 +68,7 @@ def check_rows_used(described: dict[str, Any], rows: int) -> dict[str, int]:
 
 def check_loss(log: Path) -> dict[str, float | bool]:
     """The training loss of each epoch is finite and the last one is below the first."""
-    losses: dict[int, float] = {}
-    for epoch, loss in LOSS.findall(log.read_text(encoding="utf-8", errors="replace")):
-        losses[int(epoch)] = float(loss)
+    losses = {row["epoch"]: row["loss"] for row in read_log(log) if row["tag"] == "train"}
     if not losses or not all(math.isfinite(loss) for loss in losses.values()):
         raise UserError(f"no finite training loss in {log}; lower optim_conf.lr or log_interval")
     first, last = losses[min(losses)], losses[max(losses)]
