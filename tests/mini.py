@@ -30,7 +30,7 @@ LOG_LINE = (
 STAGES = ["stage1_encoder_adapt", "stage2_adapter_align", "stage3_lora_domain"]
 QUICK = {
     "optim_conf": {"lr": 0.003}, "scheduler_conf": {"warmup_steps": 2},
-    "train_conf": {"max_epoch": 3, "keep_nbest_models": 2, "avg_nbest_model": 2, "log_interval": 1},
+    "train_conf": {"max_epoch": 3, "keep_nbest_models": 2, "avg_nbest_model": 2, "log_interval": 2},
     "dataset_conf": {"batch_type": "example", "batch_size": 5, "num_workers": 0},
 }  # fmt: skip
 
@@ -70,6 +70,14 @@ def arguments(folder: Path, model_dir: Path, rows: list[dict], stage: str = STAG
         "num_threads": 1,
     }  # fmt: skip
     return argparse.Namespace(**given | changed)
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What `make tensorboard` draws of a stage: (step, value) by the name of the curve."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
 @contextmanager

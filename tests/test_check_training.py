@@ -11,13 +11,21 @@ import pytest
 import torch
 import yaml
 
-from check_training import check_before, check_checkpoint, check_room, gpu_bytes
+from check_training import (
+    check_after,
+    check_before,
+    check_checkpoint,
+    check_loss,
+    check_room,
+    check_rows_used,
+    gpu_bytes,
+)
 from common import UserError
-from mini import QUICK, ROOT, STAGES, arguments, log_line, make_model, make_rows, train_here
+from mini import QUICK, ROOT, STAGES, arguments, curves, log_line, make_model, make_rows, train_here
 from nano import weights
 from nano.config import build_on_meta, effective, flat_keys, read_stage
 from nano.dataset import Once
-from nano.postflight import check_after, check_loss, check_rows_used
+from nano.train_log import read_log
 
 YAMLS = [path for path in sorted(ROOT.glob("conf/**/*.yaml")) if path.stem.startswith(("stage", "base_model"))]
 KEYS = [(path, key) for path in YAMLS for key in sorted(flat_keys(yaml.safe_load(path.read_text())))]
@@ -94,8 +102,8 @@ def test_a_stage_that_is_right_passes(tmp_path, model_dir, rows, stage):
 
 
 @pytest.mark.parametrize(("overlay", "message"), [
-    ({"dataset_conf": {"data_split_num": 4}}, "data_split_num 4"),
-    ({"dataset_conf": {"prompt_classes": "MultiContextPrompt"}}, "prompt_classes"),
+    ({"dataset_conf": {"data_split_num": 4}}, "nothing reads the key dataset_conf.data_split_num"),
+    ({"dataset_conf": {"prompt_classes": "MultiContextPrompt"}}, "nothing reads the key dataset_conf.prompt_classes"),
     ({"detach_ctc_decoder": True}, "ctc_weight 0.3 does nothing"),
     ({"train_conf": {"keep_nbest_models": 10**9}}, "lower train_conf.keep_nbest_models"),
     ({"dataset_conf": {"max_token_length": 150}}, "raise dataset_conf.max_token_length above 150"),
@@ -266,6 +274,19 @@ def test_what_each_stage_trained_has_moved_and_each_row_was_used_once(trained, s
     assert figures["repeated_rows"] == 0
     used = json.loads((args.output_dir / "run.json").read_text())["rows_used"]
     assert used == {str(epoch): {"rows": 12, "missed": 0, "repeated": 0} for epoch in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_second_step_and_the_last_of_an_epoch_are_logged_and_drawn(trained, stage):
+    folder = trained[stage][0].output_dir
+    rows = [row for row in read_log(folder / "train.log") if row["tag"] == "train"]
+    assert [(row["epoch"], row["step"], row["steps"]) for row in rows] == [
+        (epoch, step, 3) for epoch in range(3) for step in (2, 3)]
+    assert [row["epoch"] for row in read_log(folder / "train.log") if row["tag"] == "val"] == [1, 1, 2, 2, 3, 3]
+    drawn = curves(folder)
+    assert [step for step, _loss in drawn["rank0_loss/train"]] == [row["total_step"] for row in rows]
+    assert ("stats_rank0_loss_ctc/train" in drawn) == (stage != STAGES[2]) and "stats_rank0_loss_llm/train" in drawn
+    assert ("loss_ctc" in (folder / "train.log").read_text()) == (stage != STAGES[2])
 
 
 def test_checkpoints_on_disk_are_bounded(trained):
