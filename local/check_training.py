@@ -113,7 +113,10 @@ def check_rate(model: torch.nn.Module, checkpoint: Path, fs: int) -> None:
 
 
 def check_rows(path: Path, dataset: dict[str, Any], fs: int) -> int:
-    """FunASR would use every row of the list, its audio is there, mono, at `fs`; return the frames of the longest."""
+    """FunASR would use every row of the list, its audio is there, mono, at `fs`; return the frames of the longest.
+
+    Every file's header is read, here alone: `validate` opens a sample, and of the others sees that they exist.
+    """
     least, most = dataset.get("min_source_length", 10), dataset.get("max_source_length", 8000)
     text_most, both_most = dataset.get("max_target_length", 2048), dataset.get("max_token_length") or 2048
     keys, longest = set(), 0
@@ -248,10 +251,14 @@ def check_loss(log: Path) -> dict[str, float | bool]:
             "loss_target_met": fallen >= LOSS_TARGET}  # fmt: skip
 
 
-def main() -> None:
+def get_args() -> argparse.Namespace:
     parser = stage_parser(__doc__)
     parser.add_argument("when", choices=("before", "after"), help="Check what is about to be, or has been, trained.")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = get_args()
     if args.when == "before":
         check_before(args)
         logging.info("%s: every key is read, every tensor is there, every row would be used", args.stage_conf.name)

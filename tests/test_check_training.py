@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +22,7 @@ from check_training import (
     check_rows_used,
     gpu_bytes,
 )
-from common import UserError
+from common import UserError, write_jsonl
 from mini import QUICK, ROOT, STAGES, arguments, curves, log_line, make_model, make_rows, train_here
 from nano import weights
 from nano.config import build_on_meta, effective, flat_keys, read_stage
@@ -229,6 +231,28 @@ def test_room_is_estimated_from_the_model_and_the_batch(meta, tmp_path):
     config3, model3 = meta[STAGES[2]]
     assert gpu_bytes(model, config, 8192, 8192) > gpu_bytes(model3, config3, 8192, 8192)
     check_room(model, config, tmp_path / "not" / "there yet", 2000)
+
+
+@pytest.mark.full
+def test_doctor_runs_the_preflight_of_every_stage_on_what_is_there(tmp_path, model_dir, rows):
+    def doctor() -> str:
+        environment = {**os.environ, "EXP_OUTPUT": str(tmp_path)}
+        done = subprocess.run(["bash", "setup.sh", "doctor"], cwd=ROOT, env=environment, capture_output=True, text=True,
+                              timeout=600, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    assert doctor().count("not checked, no model (stage -1) or no data (stage 0)") == 3
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model_dir.txt").write_text(f"{model_dir}\n")
+    gone = edit(rows[3], content="语音转写：<|startofspeech|>!/nowhere.wav<|endofspeech|>")
+    for corpus, train in (("simulated_8k_telephone", rows), ("real_8k_telephone", [*rows[:3], gone])):
+        write_jsonl(tmp_path / "data" / corpus / "train_formatted.jsonl", train)
+        write_jsonl(tmp_path / "data" / corpus / "dev_formatted.jsonl", rows)
+    said = doctor()
+    for stage in STAGES[:2]:
+        assert f"{stage}: ready to train from {model_dir}/model.pt" in said
+    assert f"{STAGES[2]}: would not start" in said and "u3: cannot read /nowhere.wav; run stage 0 again" in said
 
 
 # --- during and after

@@ -112,6 +112,22 @@ def test_each_stage_trains_on_two_processes_of_one_machine(trained):
         assert "train, rank: 0" in log and "train, rank: 1" in log
 
 
+def test_a_stage_trains_with_deepspeed_and_passes_the_same_checks(tmp_path):
+    pytest.importorskip("deepspeed")
+    experiment = prepare(tmp_path)
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
+    (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
+    overlay = tmp_path / "overlays/stage3_lora_domain.yaml"
+    conf = yaml.safe_load(overlay.read_text())
+    conf["train_conf"] |= {"use_deepspeed": True, "deepspeed_config": str(tmp_path / "deepspeed.json")}
+    overlay.write_text(yaml.safe_dump(conf))
+    start_from = {"init_checkpoint": tmp_path / "model folder/model.pt"}
+    finish(start(experiment, "3", ngpu=2, master_port=free_port(), **start_from))
+    folder = experiment / "exp/exp/8k_telephone/stage3_lora_domain"
+    check_stage(folder, {"lora"})
+    assert len(list(folder.glob("model.pt.ep*"))) <= 3
+
+
 def test_tensorboard_shows_the_losses_of_every_stage(trained):
     for stage in STAGES:
         drawn = curves(trained / stage)

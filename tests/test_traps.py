@@ -1,6 +1,6 @@
 """The ways in which FunASR's trainer silently does something else, and what this recipe says instead: one test each.
 
-    PYTHONPATH=local:tests python tests/test_traps.py      (make traps) runs every case and writes docs/traps.md
+    PYTHONPATH=local:demo:tests python tests/test_traps.py      (make traps) runs every case and writes docs/traps.md
 """
 
 import copy
