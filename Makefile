@@ -74,7 +74,7 @@ check-full-size: setup  ## one step of each stage at the real model's size, rand
 	@$(VENV) bench/full_size.py --work "$(EXP_OUTPUT)/full_size"
 
 traps: setup  ## docs/traps.md anew: FunASR's silent traps, and what is said here
-	@PYTHONPATH=local:tests $(VENV) tests/test_traps.py
+	@PYTHONPATH=local:demo:tests $(VENV) tests/test_traps.py
 
 lint: setup  ## ruff and shellcheck
 	@.venv/bin/ruff check .

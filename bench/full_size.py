@@ -64,23 +64,12 @@ def build_folder(path: Path) -> Path:
 
 
 def stage_config(folder: Path, stage: str) -> dict[str, Any]:
-    """The folder's config.yaml under a stage's YAML, as FunASR merges them."""
-    from funasr.download.download_model_from_hub import download_model
-
+    """The folder's config.yaml under a stage's YAML."""
     import nano.dataset
     import nano.model  # noqa: F401  registered under FunASR's names
+    from nano.config import effective, read_stage
 
-    overlay = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / f"{stage}.yaml"))
-    return download_model(model=str(folder), hub="ms", disable_update=True, is_training=True, **overlay)
-
-
-def count_trainable(model: torch.nn.Module) -> dict[str, int]:
-    """Trainable parameters by top module; LoRA counts as one of its own."""
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        module = "lora" if "lora_" in name else name.split(".")[0]
-        counts[module] = counts.get(module, 0) + parameter.numel() * parameter.requires_grad
-    return {module: count for module, count in counts.items() if count}
+    return effective(read_stage([ROOT / "conf" / f"{stage}.yaml"]), folder, 16000)
 
 
 def make_batch(kwargs: dict[str, Any], work: Path, seconds: float, utterances: int) -> dict[str, Any]:
@@ -110,7 +99,6 @@ def step(stage: str, work: Path, seconds: float, utterances: int) -> None:
 
     began = time.perf_counter()
     config = stage_config(work / "model", stage)
-    config["llm_conf"]["llm_dtype"] = "fp32"
     built, kwargs = AutoModel.build_model(**config | {"device": "cpu", "ncpu": torch.get_num_threads(), "seed": 0})
     batch = make_batch(kwargs, work, seconds, utterances)
     built.train()
@@ -125,7 +113,10 @@ def step(stage: str, work: Path, seconds: float, utterances: int) -> None:
         if not parameter.requires_grad and parameter.grad is not None:
             raise UserError(f"{stage}: {name} is frozen but has a gradient")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    trained = ", ".join(f"{module} {count / 1e6:.2f} M" for module, count in count_trainable(built).items())
+    from nano.trainer import count_parameters
+
+    counts = {module: count["trainable"] for module, count in count_parameters(built).items() if count["trainable"]}
+    trained = ", ".join(f"{module} {count / 1e6:.2f} M" for module, count in counts.items())
     print(f"{stage}: trains {trained}; loss {loss.item():.2f}; built in {ready - began:.0f} s, forward "
           f"{forward - ready:.1f} s, backward {done - forward:.1f} s for {utterances} x {seconds:g} s of audio, "
           f"peak {peak:.1f} GiB")  # fmt: skip

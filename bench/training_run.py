@@ -35,7 +35,6 @@ STOCK = classes()
 import full_size  # noqa: E402
 import miniature  # noqa: E402
 import nano.dataset  # noqa: E402
-import nano.frontend  # noqa: E402
 import nano.model  # noqa: E402, F401
 from nano.trainer import Trainer as OurTrainer  # noqa: E402
 

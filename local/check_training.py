@@ -17,31 +17,32 @@ import argparse
 import importlib.util
 import json
 import logging
+import math
 import re
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import soundfile
+import torch
 import yaml
 
 from common import UserError, progress, read_jsonl, run, write_json
-
-if TYPE_CHECKING:
-    import torch
+from nano import weights
+from nano.config import build_on_meta, effective, read_stage, stage_parser
+from nano.train_log import read_log
 
 AUDIO = re.compile(r"<\|startofspeech\|>!(.*?)<\|endofspeech\|>")
+LOSS_TARGET = 0.3  # the plan's: reported, no reason to fail
 
 
 def check_before(args: argparse.Namespace) -> None:
     """Everything that can be known before training. Raises UserError for the first thing that is wrong."""
-    from nano.config import build_on_meta, effective, read_stage
-
     stage = read_stage([args.stage_conf, *args.overlay])
     if not any(importlib.util.find_spec(name) for name in ("kaldi_native_fbank", "torchaudio")):
         raise UserError("no fbank library: every utterance would fail to load; pip install kaldi-native-fbank")
     config = effective(stage, args.model_dir, args.frontend_fs)
-    check_config(config, args.stage_conf)
+    check_ctc(config, args.stage_conf)
     model = build_on_meta(config)
     check_checkpoint(model, args.init_checkpoint, config)
     check_rate(model, args.init_checkpoint, args.frontend_fs)
@@ -50,26 +51,19 @@ def check_before(args: argparse.Namespace) -> None:
     check_room(model, config, args.output_dir, longest)
 
 
-def check_config(config: dict[str, Any], path: Path) -> None:
-    """Settings that FunASR takes and then does something else with."""
-    dataset, ctc = config["dataset_conf"], config.get("ctc_weight", 0.3)
-    if dataset.get("data_split_num", 1) != 1:
-        raise UserError(f"data_split_num {dataset['data_split_num']}: an epoch would be that many epochs; set it to 1")
-    if dataset.get("prompt_classes"):
-        raise UserError("dataset_conf.prompt_classes adds a context to prompts that decoding lacks; set it to null")
-    if ctc and not config.get("ctc_decoder"):
-        raise UserError(f"{path}: ctc_weight {ctc}, but the model folder has no ctc_decoder; set ctc_weight to 0")
-    frozen = config["ctc_decoder_conf"].get("freeze") if config.get("ctc_decoder") else True
+def check_ctc(config: dict[str, Any], path: Path) -> None:
+    """A CTC loss has a branch to compute it and something to train."""
+    weight = config.get("ctc_weight", 0.3)
+    if weight and not config.get("ctc_decoder"):
+        raise UserError(f"{path}: ctc_weight {weight}, but the model folder has no ctc_decoder; set ctc_weight to 0")
     detached = config.get("detach_ctc_decoder", True) or config["audio_encoder_conf"].get("freeze", True)
-    if ctc and frozen and detached:
-        raise UserError(f"{path}: ctc_weight {ctc} does nothing: the CTC branch is frozen and its loss does not reach "
-                        "the encoder; set ctc_weight to 0, or detach_ctc_decoder to false")  # fmt: skip
+    if weight and detached and config["ctc_decoder_conf"].get("freeze"):
+        raise UserError(f"{path}: ctc_weight {weight} does nothing: the CTC branch is frozen and its loss does not "
+                        "reach the encoder; set ctc_weight to 0, or detach_ctc_decoder to false")  # fmt: skip
 
 
 def check_checkpoint(model: torch.nn.Module, path: Path, config: dict[str, Any]) -> None:
     """Every tensor of the model is in the checkpoint, or is new LoRA or an untrained CTC branch, which is said."""
-    from nano import weights
-
     state, lora = weights.load(path)
     missing, misshapen = weights.misfits(model, state)
     if misshapen:
@@ -119,13 +113,14 @@ def check_rate(model: torch.nn.Module, checkpoint: Path, fs: int) -> None:
 
 
 def check_rows(path: Path, dataset: dict[str, Any], fs: int) -> int:
-    """FunASR would use every row of the list, its audio is there, mono, at `fs`; return the frames of the longest."""
+    """FunASR would use every row of the list, its audio is there, mono, at `fs`; return the frames of the longest.
+
+    Every file's header is read, here alone: `validate` opens a sample, and of the others sees that they exist.
+    """
     least, most = dataset.get("min_source_length", 10), dataset.get("max_source_length", 8000)
     text_most, both_most = dataset.get("max_target_length", 2048), dataset.get("max_token_length") or 2048
-    rows, keys, longest = list(read_jsonl(path)), set(), 0
-    if not rows:
-        raise UserError(f"{path} is empty: training would run no batch and succeed; see the rejected rows of stage 0")
-    for number, row in enumerate(progress(rows, len(rows), f"checking {path.name}"), 1):
+    keys, longest = set(), 0
+    for number, row in enumerate(progress(read_jsonl(path), None, f"checking {path.name}"), 1):
         try:
             key, speech, text = row["key"], row["speech_length"], row["text_length"]
             audio, said = AUDIO.search(row["messages"][1]["content"]).group(1), row["messages"][2]["content"]
@@ -151,13 +146,13 @@ def check_rows(path: Path, dataset: dict[str, Any], fs: int) -> int:
         if info.samplerate != fs or info.channels != 1:
             raise UserError(f"{path}: {key}: {info.samplerate} Hz, {info.channels} channels, not {fs} Hz mono; "
                             "run stage 0 with the same FRONTEND_FS")  # fmt: skip
+    if not keys:
+        raise UserError(f"{path} is empty: training would run no batch and succeed; see the rejected rows of stage 0")
     return longest
 
 
 def check_room(model: torch.nn.Module, config: dict[str, Any], output_dir: Path, longest: int) -> None:
     """Disk for the checkpoints and memory of the GPU, where there is one, estimated from the model's own shapes."""
-    import torch
-
     train, dataset = config["train_conf"], config["dataset_conf"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -168,13 +163,16 @@ def check_room(model: torch.nn.Module, config: dict[str, Any], output_dir: Path,
     if (free := shutil.disk_usage(folder).free) < need:
         raise UserError(f"{folder}: {free / 2**30:.1f} GiB free, the checkpoints take {need / 2**30:.1f}; lower "
                         "train_conf.keep_nbest_models or free space")  # fmt: skip
-    batch = dataset["batch_size"] * (longest if dataset.get("batch_type") == "example" else 1)
-    memory = gpu_bytes(model, config, max(batch, longest), longest)
+    by_length = dataset.get("batch_type") != "example"
+    batch = max(longest, dataset["batch_size"] * (1 if by_length else longest))
+    memory = gpu_bytes(model, config, batch, longest)
     logging.info("%.2f M parameters trained; checkpoints take %.2f GiB at most; about %.1f GiB of GPU memory",
                  trained / 1e6, need / 2**30, memory / 2**30)  # fmt: skip
+    if by_length and not train.get("use_deepspeed"):  # nano/batch_size.py makes batches smaller, down to one row
+        memory = gpu_bytes(model, config, longest, longest)
     if torch.cuda.is_available() and memory > (there := torch.cuda.get_device_properties(0).total_memory):
         raise UserError(f"about {memory / 2**30:.0f} GiB of GPU memory needed, {there / 2**30:.0f} there; lower "
-                        f"dataset_conf.batch_size ({dataset['batch_size']})")  # fmt: skip
+                        f"batch_size ({dataset['batch_size']}), or MAX_SPEECH_LENGTH of stage 0")  # fmt: skip
 
 
 def gpu_bytes(model: torch.nn.Module, config: dict[str, Any], frames: int, longest: int) -> float:
@@ -192,17 +190,70 @@ def gpu_bytes(model: torch.nn.Module, config: dict[str, Any], frames: int, longe
     return fixed + heard + said + tokens / 2 * llm.vocab_size * 12
 
 
+def check_after(folder: Path, initial: Path, train_list: Path) -> dict[str, Any]:
+    """What training changed is what it should change; return figures for run.json. Raises UserError otherwise."""
+    described = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    return {
+        **check_tensors(folder, initial),
+        **check_rows_used(described, sum(1 for _ in read_jsonl(train_list))),
+        **check_loss(folder / "train.log"),
+    }
+
+
+def check_tensors(folder: Path, initial: Path) -> dict[str, Any]:
+    """Frozen tensors are the initial checkpoint's, each trained module moved, all of them are saved."""
+    averaged = torch.load(folder / "averaged.pt", map_location="cpu", mmap=True)
+    # Of one checkpoint, not of the mean: a mean of equal numbers is not always that number.
+    best = weights.read_trained(folder / averaged["averaged"][0])
+    start, _lora = weights.load(initial)
+    digests = json.loads((folder / "start.json").read_text(encoding="utf-8"))
+    for name, state in (("averaged.pt", averaged["state_dict"]), (averaged["averaged"][0], best)):
+        if absent := sorted((digests.keys() | best.keys()) - state.keys()):
+            raise UserError(f"{folder}/{name} lacks {len(absent)} tensors, first {absent[0]}; do not use it")
+        for key in state.keys() - digests.keys():
+            if key in start and not torch.equal(state[key], start[key].to(state[key].dtype)):
+                raise UserError(f"{key} is frozen but changed in {folder}/{name}; do not use this checkpoint")
+    moved: dict[str, list[int]] = {}
+    for name, digest in digests.items():
+        counts = moved.setdefault("lora" if "lora_" in name else name.split(".")[0], [0, 0])
+        counts[0] += 1
+        counts[1] += weights.digest(best[name]) != digest
+    for module, (tensors, changed) in moved.items():
+        if not changed:
+            raise UserError(f"{module}: none of its {tensors} tensors moved in training; is its loss in train.log?")
+    return {"moved_tensors": {module: f"{changed} of {tensors}" for module, (tensors, changed) in moved.items()}}
+
+
+def check_rows_used(described: dict[str, Any], rows: int) -> dict[str, int]:
+    """Each epoch used each row of the list: once on one process, at least once on several."""
+    used = described.get("rows_used")
+    if not used:
+        raise UserError("run.json does not say which rows were used; train with local/train.py")
+    for epoch, count in used.items():
+        if count["rows"] != rows or count["missed"]:
+            raise UserError(f"epoch {epoch} used {count['rows'] - count['missed']} of the list's {rows} rows")
+        if count["repeated"] and described.get("processes", 1) == 1:
+            raise UserError(f"epoch {epoch} used rows more than once: {count['repeated']} repeats")
+    return {"repeated_rows": sum(count["repeated"] for count in used.values())}
+
+
+def check_loss(log: Path) -> dict[str, float | bool]:
+    """The training loss of each epoch is finite and the last one is below the first."""
+    steps = [row for row in read_log(log) if row["tag"] == "train"]
+    losses = {row["epoch"]: row["loss"] for row in steps}  # the last of an epoch is its mean
+    if not losses or not all(math.isfinite(loss) for loss in losses.values()):
+        raise UserError(f"no finite training loss in {log}; lower optim_conf.lr")
+    first, last = losses[min(losses)] if len(losses) > 1 else steps[0]["loss"], losses[max(losses)]
+    if len(steps) > 1 and last >= first:
+        raise UserError(f"the training loss did not fall: {first:.3f} -> {last:.3f}; check optim_conf.lr and the data")
+    fallen = 1 - last / first
+    return {"loss_first_epoch": first, "loss_last_epoch": last, "loss_fallen": fallen,
+            "loss_target_met": fallen >= LOSS_TARGET}  # fmt: skip
+
+
 def get_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = stage_parser(__doc__)
     parser.add_argument("when", choices=("before", "after"), help="Check what is about to be, or has been, trained.")
-    parser.add_argument("--stage_conf", type=Path, required=True, help="The stage's YAML.")
-    parser.add_argument("--overlay", type=Path, action="append", default=[], help="YAML laid over it.")
-    parser.add_argument("--model_dir", type=Path, required=True, help="Model folder with config.yaml.")
-    parser.add_argument("--init_checkpoint", type=Path, required=True, help="Weights training starts from.")
-    parser.add_argument("--train_list", type=Path, required=True, help="Formatted JSONL to train on.")
-    parser.add_argument("--valid_list", type=Path, required=True, help="Formatted JSONL that ranks checkpoints.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Experiment folder of the stage.")
-    parser.add_argument("--frontend_fs", type=int, default=16000, help="Sampling rate of audio and features, Hz.")
     return parser.parse_args()
 
 
@@ -212,8 +263,6 @@ def main() -> None:
         check_before(args)
         logging.info("%s: every key is read, every tensor is there, every row would be used", args.stage_conf.name)
         return
-    from nano.postflight import check_after
-
     figures = check_after(args.output_dir, args.init_checkpoint, args.train_list)
     path = args.output_dir / "run.json"
     write_json(path, json.loads(path.read_text(encoding="utf-8")) | {"checked": figures})

@@ -10,19 +10,15 @@ or not). FunASR itself starts from random weights, with a warning at most, when 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml
-
 from common import UserError, atomic_write, run, write_json
 from nano import weights
-from nano.config import build_on_meta
+from nano.config import build_on_meta, effective
 
 HUBS = {"ModelScope": "https://www.modelscope.cn", "Hugging Face": "https://huggingface.co"}
 
@@ -108,12 +104,12 @@ def check_model(folder: Path) -> dict[str, Any]:
     for name in ("config.yaml", "configuration.json", "model.pt"):
         if not (folder / name).is_file():
             raise UserError(f"{folder} has no {name}: not a whole Fun-ASR-Nano folder; download it again")
-    config = read_config(folder)
-    check_tokenizer(folder, Path(config["llm_conf"]["init_param_path"]))
+    config = effective({}, folder, 16000)
+    check_tokenizer(config["llm_conf"]["init_param_path"])
     state, lora = weights.load(folder / "model.pt")
     if lora is not None:
         raise UserError(f"{folder}/model.pt holds LoRA tensors; fold them first (local/final_model.py mix --alpha 1)")
-    model = build_without_weights(folder, config)
+    model = build_on_meta(config)
     missing, misshapen = weights.misfits(model, state)
     needed = [name for name in missing if not name.startswith(weights.CTC_PREFIXES)]
     for names, what in ((needed, "lacks"), (misshapen, "has in another shape than config.yaml says")):
@@ -126,43 +122,15 @@ def check_model(folder: Path) -> dict[str, Any]:
     }
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.yaml as FunASR reads it: configuration.json makes its relative paths absolute."""
-    from funasr.download.download_model_from_hub import download_model
-
-    try:
-        config = download_model(model=str(folder), hub="ms", disable_update=True)
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise UserError(f"{folder}: config.yaml or configuration.json cannot be read: {error}") from error
-    parts = ("audio_encoder", "audio_adaptor", "llm_conf", "frontend", "dataset_conf")
-    absent = [name for name in parts if not config.get(name)]
-    if absent:
-        raise UserError(f"{folder}/config.yaml says nothing of {', '.join(absent)}: not a Fun-ASR-Nano folder")
-    return config
-
-
-def check_tokenizer(folder: Path, llm_folder: Path) -> None:
-    """Load the LLM's tokenizer from inside the folder."""
+def check_tokenizer(folder: str) -> None:
+    """Load the LLM's tokenizer from its folder alone."""
     from transformers import AutoTokenizer
 
-    if not llm_folder.is_absolute():  # FunASR makes it so where the folder is there
-        raise UserError(f"{folder}: the LLM folder {llm_folder} (tokenizer, config.json) is not there, or "
-                        "configuration.json does not name it under file_path_metas; download the model again")
     try:
-        AutoTokenizer.from_pretrained(llm_folder, local_files_only=True)
+        AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # by file missing or damaged
-        raise UserError(f"{llm_folder}: the tokenizer does not load ({str(error).splitlines()[0][:160]}); "
+        raise UserError(f"{folder}: the tokenizer does not load ({str(error).splitlines()[0][:160]}); "
                         "download the model again") from error
-
-
-def build_without_weights(folder: Path, config: dict[str, Any]) -> torch.nn.Module:
-    """The model that config.yaml describes, with shapes but no memory for its tensors."""
-    if config.get("ctc_decoder"):
-        vocabulary = config["dataset_conf"].get("ctc_tokenizer_conf", {}).get("vocab_path")
-        if not vocabulary or not os.path.isfile(vocabulary):
-            raise UserError(f"{folder}: the CTC vocabulary (multilingual.tiktoken) is not there, or configuration.json "
-                            "does not name it under file_path_metas; download the model again")
-    return build_on_meta(config)
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import statistics
 import sys
 import time
@@ -28,18 +27,13 @@ from typing import Any
 import psutil
 
 from common import UserError, atomic_write, file_hash, read_jsonl, run, write_json
+from nano.train_log import read_log
 
 NOTHING_TO_DO, MUST_RUN, MUST_REDO = 0, 3, 4
 STAGES = {
     -1: "model", 0: "data", 1: "encoder", 2: "adaptor and CTC", 3: "LoRA", 4: "decoding and scores",
     5: "report and final model",
 }
-# A step as funasr/train_utils/trainer_ds.py, log(), writes it.
-LOG_LINE = re.compile(
-    r"\b(?P<tag>train|val), rank: 0, epoch: (?P<epoch>\d+)/(?P<epochs>\d+).*?step_in_slice: "
-    r"(?P<step>\d+)/(?P<steps>\d+).*?\(loss_avg_slice: (?P<loss>[^)]+)\).*?\(acc_avg_slice: (?P<acc>[^)]+)\)"
-    r".*?'total_time': '(?P<seconds>[^']+)'.*?peak: (?P<gpu>[\d.]+) GB"
-)
 CLOCK = "%Y-%m-%d %H:%M:%S"
 KALDI_FILES = ("wav.scp", "text", "segments", "utt2spk")
 
@@ -157,21 +151,19 @@ def done(root: str, stage: int, outputs: list[str]) -> dict[str, Any]:
 
 def training_row(folder: Path, running: bool) -> list[str]:
     """Epoch, loss, fall, accuracy, speed, memory and time left of a training; empty before its first logged step."""
-    rows, log = folder / "trainlist.jsonl", (folder / "train.log").read_text("utf-8", errors="replace")
-    lines = [match.groupdict() for match in LOG_LINE.finditer(log)]
+    rows, lines = folder / "trainlist.jsonl", read_log(folder / "train.log")
     trained = [line for line in lines if line["tag"] == "train"]
     if not trained:
         return []
-    epoch, epochs, step, steps = (int(trained[-1][name]) for name in ("epoch", "epochs", "step", "steps"))
-    first, loss = (float(trained[index]["loss"]) for index in (0, -1))
-    accuracy = [f"{float(line['acc']):.1%}" for line in lines if line["tag"] == "val"]
-    pace = statistics.median(float(line["seconds"]) for line in trained[-50:])
+    first, now = trained[0]["loss"], trained[-1]
+    epoch, epochs, steps, loss = (now[name] for name in ("epoch", "epochs", "steps", "loss"))
+    accuracy = [f"{line['acc']:.1%}" for line in lines if line["tag"] == "val"]
+    pace = statistics.median(line["seconds"] for line in trained[-50:])
     audio = sum(row["speech_length"] for row in read_jsonl(rows)) / 100 if rows.is_file() else 0
-    gpu = trained[-1]["gpu"]
     # An early stop makes it less, validation a little more.
-    left = str(timedelta(seconds=round(((epochs - epoch) * steps - step) * pace))) if running else ""
+    left = str(timedelta(seconds=round(((epochs - epoch) * steps - now["step"]) * pace))) if running else ""
     return [f"{epoch + 1}/{epochs}", f"{first:.3f} -> {loss:.3f}", f"{1 - loss / first:.0%}", *(accuracy or [""])[-1:],
-            f"{audio / (steps * pace):,.0f}", gpu if float(gpu) else "CPU", left]  # fmt: skip
+            f"{audio / (steps * pace):,.0f}", str(now["gpu"] or "CPU"), left]  # fmt: skip
 
 
 def error_rates(root: str) -> dict[str, str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from common import UserError, file_hash, run, write_json
-from nano.config import effective, read_stage
+from nano.config import effective, read_stage, stage_parser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,7 +71,6 @@ def train(config: dict[str, Any]) -> None:
     from funasr.bin import train_ds
 
     import nano.dataset
-    import nano.frontend
     import nano.model  # noqa: F401  registers the model
     from nano.trainer import Trainer
     from telephone.online import simulate
@@ -84,19 +83,15 @@ def train(config: dict[str, Any]) -> None:
     train_ds.average_checkpoints = lambda *_args, **_kwargs: None
     if not torch.cuda.is_available():
         torch.cuda.set_device = lambda _device: None  # main() calls it for DDP on any machine
+    if int(os.environ.get("RANK", 0)) > 0:
+        # Upstream opens a writer in every process, and tensorboardX names files by second and host: two of one machine
+        # would write into one. Without the package upstream does without.
+        sys.modules["tensorboardX"] = None
     train_ds.main(**config)
 
 
 def get_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage_conf", type=Path, required=True, help="The stage's YAML: what it changes, no more.")
-    parser.add_argument("--overlay", type=Path, action="append", default=[], help="YAML laid over it (the demo's).")
-    parser.add_argument("--model_dir", type=Path, required=True, help="Model folder with config.yaml and tokenizer.")
-    parser.add_argument("--init_checkpoint", type=Path, required=True, help="Weights to start from.")
-    parser.add_argument("--train_list", type=Path, required=True, help="Formatted JSONL to train on.")
-    parser.add_argument("--valid_list", type=Path, required=True, help="Formatted JSONL that ranks checkpoints.")
-    parser.add_argument("--output_dir", type=Path, required=True, help="Experiment folder of the stage.")
-    parser.add_argument("--frontend_fs", type=int, default=16000, help="Sampling rate of audio and features, Hz.")
+    parser = stage_parser(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="Seed of initial weights, order, dropout and SpecAugment.")
     threads = len(os.sched_getaffinity(0))
     parser.add_argument("--num_threads", type=int, default=threads, help="CPU threads where there is no GPU.")

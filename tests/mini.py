@@ -20,10 +20,17 @@ SMALL = {
     "encoder_dim": 32, "encoder_blocks": 1, "encoder_heads": 2, "encoder_ffn": 32, "adaptor_ffn": 32, "ctc_ffn": 32,
     "llm_dim": 32, "llm_heads": 2, "llm_kv_heads": 1, "llm_head_dim": 16, "llm_ffn": 48,
 }  # fmt: skip
+LOG_LINE = (
+    "10:00:00 (trainer_ds.py:953) INFO: {tag}, rank: {rank}, epoch: {epoch}/10, data_slice: 0/1, "
+    "step_in_slice: {step}/80, step_in_epoch: {step}, total step: 99, (loss_avg_rank: 9.200), "
+    "(loss_avg_slice: {loss}), (ppl_avg_slice: 1.000e+00), (acc_avg_slice: {acc}), (lr: 1.000e-04), "
+    "[('loss_llm', 1.088), ('acc', 0.637)], {{'data_load': '0.001', 'total_time': '{seconds}'}}, GPU, memory: "
+    "usage: 0.000 GB, peak: {gpu} GB, cache: 0.000 GB, cache_peak: 0.000 GB\n"
+)
 STAGES = ["stage1_encoder_adapt", "stage2_adapter_align", "stage3_lora_domain"]
 QUICK = {
     "optim_conf": {"lr": 0.003}, "scheduler_conf": {"warmup_steps": 2},
-    "train_conf": {"max_epoch": 3, "keep_nbest_models": 2, "avg_nbest_model": 2, "log_interval": 1},
+    "train_conf": {"max_epoch": 3, "keep_nbest_models": 2, "avg_nbest_model": 2, "log_interval": 2},
     "dataset_conf": {"batch_type": "example", "batch_size": 5, "num_workers": 0},
 }  # fmt: skip
 
@@ -65,6 +72,14 @@ def arguments(folder: Path, model_dir: Path, rows: list[dict], stage: str = STAG
     return argparse.Namespace(**given | changed)
 
 
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """What `make tensorboard` draws of a stage: (step, value) by the name of the curve."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
+
+
 @contextmanager
 def logged(path: Path):
     """Everything logged goes to the file too, as run_experiment.sh has it."""
@@ -95,3 +110,8 @@ def train_here(args: argparse.Namespace) -> None:
         for owner, name in changed:
             patch.setattr(owner, name, getattr(owner, name))
         train.train(train.build_config(args))
+
+
+def log_line(tag="train", rank=0, epoch=0, step=20, loss=2.5, acc=0.5, seconds=0.5, gpu=0.0) -> str:
+    """A step as FunASR's trainer logs it."""
+    return LOG_LINE.format(**locals())

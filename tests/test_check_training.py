@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,13 +13,21 @@ import pytest
 import torch
 import yaml
 
-from check_training import check_before, check_checkpoint, check_room, gpu_bytes
-from common import UserError
-from mini import QUICK, ROOT, STAGES, arguments, make_model, make_rows, train_here
+from check_training import (
+    check_after,
+    check_before,
+    check_checkpoint,
+    check_loss,
+    check_room,
+    check_rows_used,
+    gpu_bytes,
+)
+from common import UserError, write_jsonl
+from mini import QUICK, ROOT, STAGES, arguments, curves, log_line, make_model, make_rows, train_here
 from nano import weights
 from nano.config import build_on_meta, effective, flat_keys, read_stage
 from nano.dataset import Once
-from nano.postflight import check_after, check_loss, check_rows_used
+from nano.train_log import read_log
 
 YAMLS = [path for path in sorted(ROOT.glob("conf/**/*.yaml")) if path.stem.startswith(("stage", "base_model"))]
 KEYS = [(path, key) for path in YAMLS for key in sorted(flat_keys(yaml.safe_load(path.read_text())))]
@@ -94,8 +104,8 @@ def test_a_stage_that_is_right_passes(tmp_path, model_dir, rows, stage):
 
 
 @pytest.mark.parametrize(("overlay", "message"), [
-    ({"dataset_conf": {"data_split_num": 4}}, "data_split_num 4"),
-    ({"dataset_conf": {"prompt_classes": "MultiContextPrompt"}}, "prompt_classes"),
+    ({"dataset_conf": {"data_split_num": 4}}, "nothing reads the key dataset_conf.data_split_num"),
+    ({"dataset_conf": {"prompt_classes": "MultiContextPrompt"}}, "nothing reads the key dataset_conf.prompt_classes"),
     ({"detach_ctc_decoder": True}, "ctc_weight 0.3 does nothing"),
     ({"train_conf": {"keep_nbest_models": 10**9}}, "lower train_conf.keep_nbest_models"),
     ({"dataset_conf": {"max_token_length": 150}}, "raise dataset_conf.max_token_length above 150"),
@@ -223,6 +233,28 @@ def test_room_is_estimated_from_the_model_and_the_batch(meta, tmp_path):
     check_room(model, config, tmp_path / "not" / "there yet", 2000)
 
 
+@pytest.mark.full
+def test_doctor_runs_the_preflight_of_every_stage_on_what_is_there(tmp_path, model_dir, rows):
+    def doctor() -> str:
+        environment = {**os.environ, "EXP_OUTPUT": str(tmp_path)}
+        done = subprocess.run(["bash", "setup.sh", "doctor"], cwd=ROOT, env=environment, capture_output=True, text=True,
+                              timeout=600, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    assert doctor().count("not checked, no model (stage -1) or no data (stage 0)") == 3
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model_dir.txt").write_text(f"{model_dir}\n")
+    gone = edit(rows[3], content="语音转写：<|startofspeech|>!/nowhere.wav<|endofspeech|>")
+    for corpus, train in (("simulated_8k_telephone", rows), ("real_8k_telephone", [*rows[:3], gone])):
+        write_jsonl(tmp_path / "data" / corpus / "train_formatted.jsonl", train)
+        write_jsonl(tmp_path / "data" / corpus / "dev_formatted.jsonl", rows)
+    said = doctor()
+    for stage in STAGES[:2]:
+        assert f"{stage}: ready to train from {model_dir}/model.pt" in said
+    assert f"{STAGES[2]}: would not start" in said and "u3: cannot read /nowhere.wav; run stage 0 again" in said
+
+
 # --- during and after
 
 
@@ -266,6 +298,19 @@ def test_what_each_stage_trained_has_moved_and_each_row_was_used_once(trained, s
     assert figures["repeated_rows"] == 0
     used = json.loads((args.output_dir / "run.json").read_text())["rows_used"]
     assert used == {str(epoch): {"rows": 12, "missed": 0, "repeated": 0} for epoch in (1, 2, 3)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_second_step_and_the_last_of_an_epoch_are_logged_and_drawn(trained, stage):
+    folder = trained[stage][0].output_dir
+    rows = [row for row in read_log(folder / "train.log") if row["tag"] == "train"]
+    assert [(row["epoch"], row["step"], row["steps"]) for row in rows] == [
+        (epoch, step, 3) for epoch in range(3) for step in (2, 3)]
+    assert [row["epoch"] for row in read_log(folder / "train.log") if row["tag"] == "val"] == [1, 1, 2, 2, 3, 3]
+    drawn = curves(folder)
+    assert [step for step, _loss in drawn["rank0_loss/train"]] == [row["total_step"] for row in rows]
+    assert ("stats_rank0_loss_ctc/train" in drawn) == (stage != STAGES[2]) and "stats_rank0_loss_llm/train" in drawn
+    assert ("loss_ctc" in (folder / "train.log").read_text()) == (stage != STAGES[2])
 
 
 def test_checkpoints_on_disk_are_bounded(trained):
@@ -328,17 +373,14 @@ def test_a_row_that_was_missed_or_repeated_fails_the_stage(count, processes, mes
     ([2.0, 2.0], "did not fall"), ([2.0, "nan"], "no finite"), ([], "no finite"),
 ])  # fmt: skip
 def test_a_loss_that_is_not_finite_or_did_not_fall_fails_the_stage(tmp_path, losses, message):
-    lines = [f"train, rank: 0, epoch: {number}/9, (loss_avg_slice: {loss}), " for number, loss in enumerate(losses)]
-    (tmp_path / "train.log").write_text("\n".join(lines))
+    (tmp_path / "train.log").write_text("".join(log_line(epoch=epoch, loss=loss) for epoch, loss in enumerate(losses)))
     with pytest.raises(UserError, match=message):
         check_loss(tmp_path / "train.log")
 
 
 def test_the_thirty_percent_target_is_reported_and_no_reason_to_fail(tmp_path):
     for last, met in ((1.9, False), (1.3, True)):
-        losses = enumerate([2.0, last])
-        lines = [f"train, rank: 0, epoch: {epoch}/9, (loss_avg_slice: {loss}), " for epoch, loss in losses]
-        (tmp_path / "train.log").write_text("\n".join(lines))
+        (tmp_path / "train.log").write_text(log_line(epoch=0, loss=2.0) + log_line(epoch=1, loss=last))
         assert check_loss(tmp_path / "train.log")["loss_target_met"] is met
 
 

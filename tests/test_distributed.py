@@ -15,7 +15,7 @@ import yaml
 
 import audio
 from common import write_jsonl
-from mini import ROOT, SMALL
+from mini import ROOT, SMALL, curves
 from miniature import build_folder
 
 ALPHABET = "一二三四五六七八九零"
@@ -110,6 +110,31 @@ def test_each_stage_trains_on_two_processes_of_one_machine(trained):
     for stage, modules in STAGES.items():
         log = check_stage(trained / stage, modules)
         assert "train, rank: 0" in log and "train, rank: 1" in log
+
+
+def test_a_stage_trains_with_deepspeed_and_passes_the_same_checks(tmp_path):
+    pytest.importorskip("deepspeed")
+    experiment = prepare(tmp_path)
+    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
+    (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
+    overlay = tmp_path / "overlays/stage3_lora_domain.yaml"
+    conf = yaml.safe_load(overlay.read_text())
+    conf["train_conf"] |= {"use_deepspeed": True, "deepspeed_config": str(tmp_path / "deepspeed.json")}
+    overlay.write_text(yaml.safe_dump(conf))
+    start_from = {"init_checkpoint": tmp_path / "model folder/model.pt"}
+    finish(start(experiment, "3", ngpu=2, master_port=free_port(), **start_from))
+    folder = experiment / "exp/exp/8k_telephone/stage3_lora_domain"
+    check_stage(folder, {"lora"})
+    assert len(list(folder.glob("model.pt.ep*"))) <= 3
+
+
+def test_tensorboard_shows_the_losses_of_every_stage(trained):
+    for stage in STAGES:
+        drawn = curves(trained / stage)
+        for name in ("rank0_loss/train", "rank0_lr/train", "stats_rank0_acc/val", "stats_rank0_loss_llm/train"):
+            assert drawn[name], f"{stage}: {name} is empty"
+        assert not any("rank1" in name for name in drawn)
+        assert len(list((trained / stage / "tensorboard").iterdir())) == 1
 
 
 def test_two_machines_train_together_and_one_of_them_keeps_the_books(tmp_path):

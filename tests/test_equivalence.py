@@ -9,9 +9,10 @@ import torch
 from funasr.frontends import wav_frontend
 from funasr.models.fun_asr_nano import model as stock
 
-import nano.attention
-import nano.frontend
-from nano.batch_size import tokens_that_fit
+import nano.dataset
+import nano.model
+from common import UserError
+from nano.batch_size import largest
 from nano.model import FunASRNano
 
 MODULES = ("audio_encoder", "audio_adaptor", "ctc_decoder")
@@ -70,8 +71,8 @@ def upstream(model: FunASRNano) -> torch.nn.Module:
     """The same weights in upstream's class, with its forward and its attention."""
     theirs = copy.deepcopy(model)
     theirs.__class__ = type("Stock", (FunASRNano,), {"forward": stock.FunASRNano.forward})
-    classes = {nano.attention.FusedSANM: nano.attention.MultiHeadedAttentionSANM,
-               nano.attention.Fused: nano.attention.MultiHeadedAttention}  # fmt: skip
+    classes = {nano.model.FusedSANM: nano.model.MultiHeadedAttentionSANM,
+               nano.model.Fused: nano.model.MultiHeadedAttention}  # fmt: skip
     for layer in theirs.modules():
         layer.__class__ = classes.get(type(layer), type(layer))
     return theirs
@@ -84,7 +85,7 @@ def test_loss_and_gradients_of_all_speed_ups_together_are_upstreams(folder, stag
         for name, parameter in ours.named_parameters():  # B starts at zero, and A's gradient with it
             if name.endswith("lora_B"):
                 torch.nn.init.normal_(parameter, std=0.1)
-    assert any(isinstance(layer, nano.attention.FusedSANM) for layer in ours.modules())
+    assert any(isinstance(layer, nano.model.FusedSANM) for layer in ours.modules())
     loss, gradients = loss_and_gradients(ours)
     expected, expected_gradients = loss_and_gradients(upstream(ours))
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -130,6 +131,20 @@ def test_an_utterances_loss_does_not_depend_on_the_batch_it_is_in(folder):
     assert max(losses) > min(losses)
 
 
+def test_what_is_heard_is_what_the_stock_class_hears(folder, monkeypatch):
+    from funasr import AutoModel
+    from funasr.register import tables
+
+    noise = 0.1 * np.random.default_rng(0).standard_normal((3, 24000)).astype(np.float32)
+    heard = []
+    for model_class, more in ((stock.FunASRNano, {}), (FunASRNano, {"fused_attention": True})):
+        monkeypatch.setitem(tables.model_classes, "FunASRNano", model_class)
+        model = AutoModel(model=str(folder), disable_update=True, device="cpu", ncpu=1, ctc_decoder=None, **more)
+        assert type(model.model) is model_class
+        heard.append([model.generate(torch.from_numpy(row), max_length=20)[0]["text"] for row in noise])
+    assert heard[0] == heard[1] and all(heard[0])
+
+
 @pytest.mark.parametrize(("stage", "graph"), [(1, True), (2, False), (3, False)])
 def test_a_frozen_encoder_keeps_nothing_for_a_backward_pass(folder, stage, graph):
     model = build(folder, stage, fused_attention=True).train()
@@ -146,7 +161,7 @@ def test_features_are_upstreams(fs, seconds):
     waveform = torch.from_numpy((0.1 * rng.standard_normal(int(fs * seconds))).astype(np.float32))
     waveform[len(waveform) // 2 :] = 0
     theirs, their_lengths = wav_frontend.WavFrontend(**conf)(waveform[None], [len(waveform)])
-    ours, lengths = nano.frontend.WavFrontend(**conf)(waveform[None], [len(waveform)])
+    ours, lengths = nano.dataset.WavFrontend(**conf)(waveform[None], [len(waveform)])
     assert lengths.tolist() == their_lengths.tolist()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.01)
 
@@ -156,16 +171,19 @@ def test_dither_is_as_loud_as_upstreams():
     conf = {"fs": 16000, "n_mels": 80, "lfr_m": 7, "lfr_n": 6, "dither": 1.0}
     silence = torch.zeros(1, 160000)
     theirs = wav_frontend.WavFrontend(**conf)(silence, [160000])[0]
-    ours = nano.frontend.WavFrontend(**conf)(silence, [160000])[0]
+    ours = nano.dataset.WavFrontend(**conf)(silence, [160000])[0]
     assert ours.mean().item() == pytest.approx(theirs.mean().item(), abs=0.05)
     assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.05)
 
 
-@pytest.mark.parametrize(("memory", "tokens"), [(1e12, 60000), (50e9, 37888), (20e9, 9216)])
-def test_the_batch_fits_the_dearest_rows_whatever_was_asked(memory, tokens):
-    """Long rows cost 1 MB a unit of length here, short ones 1.2 MB; the weights 4 GB."""
-    long_rows = (10000, 1, 4_000_000_000 + 10**10, 3, 4_000_000_000 + 3 * 10**10)
-    short_rows = (100, 8, 4_000_000_000 + 8 * 120_000_000, 24, 4_000_000_000 + 24 * 120_000_000)
-    assert tokens_that_fit(60000, [long_rows, short_rows], memory) == tokens
-    assert tokens_that_fit(60000, [short_rows, long_rows], memory) == tokens
-    assert tokens == 60000 or tokens // 100 * 120_000_000 + 4e9 <= memory
+@pytest.mark.parametrize(("memory", "tokens"), [(99999, 40000), (40000, 40000), (39999, 32000), (13110, 13107),
+                                               (12300, 12300)])  # fmt: skip
+def test_a_batch_is_the_largest_tried_that_fits_down_to_one_row(memory, tokens):
+    assert largest(40000, 12300, lambda size: size <= memory) == tokens
+
+
+def test_a_row_that_no_gpu_memory_holds_is_refused_and_not_tried_twice():
+    tried = []
+    with pytest.raises(UserError, match="one row of 12300 .* lower MAX_SPEECH_LENGTH"):
+        largest(40000, 12300, lambda size: tried.append(size))
+    assert len(tried) == len(set(tried)) and tried[-1] == 12300

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from common import UserError
-from download_model import build_without_weights, check_model, read_config
+from download_model import check_model
+from nano.config import build_on_meta, effective
+from nano.trainer import count_parameters
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 import full_size  # noqa: E402
@@ -28,12 +30,12 @@ def millions(counts: dict[str, int]) -> dict[str, float]:
     ("stage3_lora_domain", {"lora": 2.29}),
 ])  # fmt: skip
 def test_each_stage_trains_its_module_of_the_real_model(folder, stage, expected):
-    model = build_without_weights(folder, full_size.stage_config(folder, stage))
-    assert millions(full_size.count_trainable(model)) == expected
+    counts = count_parameters(build_on_meta(full_size.stage_config(folder, stage)))
+    assert millions({name: count["trainable"] for name, count in counts.items() if count["trainable"]}) == expected
 
 
 def test_the_whole_model_has_the_published_size(folder):
-    model = build_without_weights(folder, read_config(folder))
+    model = build_on_meta(effective({}, folder, 16000))
     sizes = {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_children()}
     assert millions(sizes)["llm"] == 596.05
     assert sum(sizes.values()) == pytest.approx(0.87e9, rel=0.01)
@@ -41,7 +43,7 @@ def test_the_whole_model_has_the_published_size(folder):
 
 def released(folder: Path) -> dict[str, torch.Tensor]:
     """Tensors as ModelScope's model.pt holds them: the LLM in bf16, the rest in fp32; shapes only."""
-    state = build_without_weights(folder, read_config(folder)).state_dict()
+    state = build_on_meta(effective({}, folder, 16000)).state_dict()
     return {name: tensor.to(torch.bfloat16) if name.startswith("llm.") else tensor for name, tensor in state.items()}
 
 

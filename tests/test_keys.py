@@ -164,20 +164,6 @@ def rows_used(lab, config):
     return len(lab.dataset(config))
 
 
-def slices(lab, config):
-    changed = {name: str(lab.folder / "list.jsonl") for name in ("train_data_set_list", "valid_data_set_list")}
-    changed |= {"frontend": None, "tokenizer": None}
-    return tables.dataloader_classes["DataloaderMapStyle"](**config | changed).data_split_num
-
-
-def refusal(lab, config):
-    try:
-        lab.dataset(config)
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 def cached(lab, config):
     built = lab.built(config)
     dataset = lab.dataset(config, frontend=built.kwargs["frontend"], tokenizer=built.kwargs["tokenizer"])
@@ -254,8 +240,6 @@ ALIVE = {
     "dataset_conf.max_source_length": (150, 12000, rows_used, {}),
     "dataset_conf.max_target_length": (4, 2048, rows_used, {}),
     "dataset_conf.num_workers": (0, 2, batches, {}),
-    "dataset_conf.data_split_num": (1, 4, slices, {}),
-    "dataset_conf.prompt_classes": (None, "MultiContextPrompt", refusal, {}),
     "dataset_conf.cache_gib": (0.0, 1.0, cached, {}),
 }
 

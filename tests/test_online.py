@@ -39,7 +39,7 @@ def parts(tmp_path_factory):
 def dataset(parts, rows=None, is_training=True, **conf):
     folder, kwargs, given = parts
     write_jsonl(folder / "list.jsonl", rows or given)
-    conf = {**kwargs["dataset_conf"], "prompt_classes": None, "batch_type": "example", "data_split_num": 1, **conf}
+    conf = {**kwargs["dataset_conf"], "prompt_classes": None, "batch_type": "example", **conf}
     pieces = {name: kwargs[name] for name in ("frontend", "tokenizer")}
     return nano.dataset.FunASR(str(folder / "list.jsonl"), is_training=is_training, **pieces, **conf)
 

@@ -20,6 +20,7 @@ import audio
 from common import write_jsonl
 from mini import ROOT, SMALL
 from miniature import build_folder
+from nano.train_log import read_log
 
 ALPHABET = "一二三四五六七八九零"
 WITNESS = '''
@@ -111,7 +112,8 @@ class Training:
     """Runs of local/train.py with stage 1's YAML into one folder, nothing random in them."""
 
     def __init__(self, corpus: Path, output: Path, **overlay):
-        self.corpus, self.output, self.notes = corpus, output, output.with_suffix(".notes")
+        self.corpus, self.output = corpus, output
+        self.notes, self.log = output.with_suffix(".notes"), output.with_suffix(".log")
         never = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
         overlay = {
             "specaug": None, "audio_encoder_conf": never, "scheduler_conf": {"warmup_steps": 4},
@@ -132,6 +134,8 @@ class Training:
         environment = {**os.environ, "NOTES": str(self.notes), "KILLS": json.dumps(kills), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True,
                               timeout=1200, check=False)  # fmt: skip
+        with open(self.log, "a") as file:
+            file.write(done.stderr)
         ends = self.noted("end")[-len(kills) :]
         assert done.returncode == 0 and {code for code, _ in ends} <= {DONE, KILLED}, done.stderr[-3000:]
         return ends
@@ -150,6 +154,9 @@ class Training:
             elif name == "batch":
                 found[-1].append(facts)
         return found
+
+    def epoch_losses(self) -> dict[int, float]:
+        return {row["epoch"]: row["loss"] for row in read_log(self.log) if row["tag"] == "train"}
 
     def averaged(self) -> dict[str, torch.Tensor]:
         return torch.load(self.output / "averaged.pt")["state_dict"]
@@ -175,6 +182,7 @@ def test_three_kills_leave_the_weights_and_the_loss_of_an_uninterrupted_training
     assert lineage == {(epoch, step): keys for epoch, step, keys in whole.runs()[0]}
 
     assert broken.noted("validated") == whole.noted("validated")
+    assert broken.epoch_losses() == whole.epoch_losses() and len(whole.epoch_losses()) == 2
     expected = whole.averaged()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in broken.averaged().items())
     assert len(list(broken.output.glob("model.pt.ep*"))) == len(list(whole.output.glob("model.pt.ep*"))) == 2

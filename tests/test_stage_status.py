@@ -10,6 +10,8 @@ import pytest
 
 import stage_status
 from common import UserError
+from mini import log_line
+from nano.train_log import read_log
 
 HELPER = Path(stage_status.__file__)
 
@@ -165,19 +167,6 @@ def test_a_damaged_marker_is_told_not_traced(experiment):
     assert "stage1.json is damaged" in shown.stderr and "Traceback" not in shown.stderr
 
 
-LINE = (
-    "10:00:00 (trainer_ds.py:953) INFO: {tag}, rank: {rank}, epoch: {epoch}/10, data_slice: 0/1, "
-    "step_in_slice: {step}/80, step_in_epoch: {step}, total step: 99, (loss_avg_rank: 9.200), "
-    "(loss_avg_slice: {loss}), (ppl_avg_slice: 1.000e+00), (acc_avg_slice: {acc}), (lr: 1.000e-04), "
-    "[('loss_llm', 1.088), ('acc', 0.637)], {{'data_load': '0.001', 'total_time': '{seconds}'}}, GPU, memory: "
-    "usage: 0.000 GB, peak: {gpu} GB, cache: 0.000 GB, cache_peak: 0.000 GB\n"
-)
-
-
-def log_line(tag="train", rank=0, epoch=0, step=20, loss=2.5, acc=0.5, seconds=0.5, gpu=0.0):
-    return LINE.format(**locals())
-
-
 @pytest.fixture
 def training(experiment):
     """Stage 2 in its second epoch, 400 s of audio in an epoch of 80 steps of half a second."""
@@ -226,6 +215,15 @@ def test_a_log_cut_off_in_a_line_or_without_a_step_is_no_trouble(training, exper
     assert tables(experiment)[1]["2"][2:7] == ["2.500 -> 1.250", "50%", "87.5%", "10", "71.5"]
     log.write_text("no step yet\n")
     assert not tables(experiment)[1]
+
+
+def test_the_log_says_of_each_step_what_the_first_process_wrote(training):
+    rows = read_log(training / "train.log")
+    assert [(row["tag"], row["epoch"], row["step"]) for row in rows] == [
+        ("train", 0, 20), ("train", 0, 80), ("val", 1, 4), ("train", 1, 40)]
+    assert rows[2] == {"tag": "val", "epoch": 1, "epochs": 10, "step": 4, "steps": 80, "total_step": 99, "loss": 1.75,
+                       "acc": 0.875, "seconds": 9.0, "gpu": 0.0}  # fmt: skip
+    assert read_log(training / "no such log") == []
 
 
 def test_status_shows_the_error_rates_where_they_were_scored(training, experiment):

@@ -12,7 +12,7 @@ import torch
 from common import UserError, read_jsonl, write_jsonl
 from make_train_list import mix, take
 from mini import ROOT, make_model, make_rows
-from nano.trainer import average, trainable_names
+from nano.weights import average, trainable_names
 
 
 def helper(name: str, *arguments) -> subprocess.CompletedProcess:
@@ -48,7 +48,7 @@ def batch_of(model, rows, tmp_path, **conf):
     path = tmp_path / "list.jsonl"
     write_jsonl(path, rows)
     kwargs = model.kwargs
-    conf = {**kwargs["dataset_conf"], "prompt_classes": None, "batch_type": "example", "data_split_num": 1, **conf}
+    conf = {**kwargs["dataset_conf"], "prompt_classes": None, "batch_type": "example", **conf}
     dataset = tables.dataset_classes["FunASR"](
         str(path), frontend=kwargs["frontend"], tokenizer=kwargs["tokenizer"], is_training=True, **conf
     )

@@ -1,6 +1,6 @@
 """The ways in which FunASR's trainer silently does something else, and what this recipe says instead: one test each.
 
-    PYTHONPATH=local:tests python tests/test_traps.py      (make traps) runs every case and writes docs/traps.md
+    PYTHONPATH=local:demo:tests python tests/test_traps.py      (make traps) runs every case and writes docs/traps.md
 """
 
 import copy
@@ -15,17 +15,16 @@ from unittest import mock
 
 import pytest
 import torch
+import yaml
 from funasr.register import tables
 
 import nano.dataset
 import nano.model
-from check_training import check_before
+from check_training import check_before, check_rows_used
 from common import UserError, write_jsonl
 from mini import ROOT, STAGES, arguments, make_model, make_rows
 from nano import weights
 from nano.config import build_on_meta, effective, read_stage
-from nano.postflight import check_rows_used
-from nano.trainer import average
 
 TABLE = ROOT / "docs" / "traps.md"
 HEAD = """# What FunASR 1.4.16 does without a word, and what this recipe says
@@ -136,6 +135,12 @@ def modes(lab: Lab) -> str:
         f"{part} is in {'train' if getattr(model, part).training else 'eval'} mode" for part in parts)
 
 
+def read_once(lab: Lab) -> str:
+    said = yaml.safe_load((lab.model_dir / "config.yaml").read_text())["dataset_conf"]["data_split_num"]
+    config = effective(read_stage([ROOT / "conf" / f"{STAGES[0]}.yaml"]), lab.model_dir, 16000)
+    return f"cannot happen: {config['dataset_conf']['data_split_num']} takes the place of {said}"
+
+
 def no_fbank(lab: Lab) -> str:
     with mock.patch("importlib.util.find_spec", return_value=None):
         return lab.before()
@@ -179,7 +184,7 @@ def lora_precision(lab: Lab) -> str:
 def averaged(lab: Lab) -> str:
     frozen = torch.randn(1000, generator=torch.Generator().manual_seed(0)) / 3
     files = [lab.checkpoint({"frozen": frozen, "trained": torch.full((2,), float(number))}) for number in range(7)]
-    mean = average(files, {"trained"}, lab.checkpoint({"frozen": frozen}))
+    mean = weights.average(files, {"trained"}, lab.checkpoint({"frozen": frozen}))
     changed = int((mean["frozen"] != frozen).sum())
     return f"cannot happen: {changed} of 1000 frozen entries changed, the trained ones are {mean['trained'].tolist()}"
 
@@ -231,8 +236,8 @@ TRAPS = [
          another_shape),
     Trap("3", "rows above `max_token_length` are skipped; all of them: 0 batches, done",
          "`dataset_conf: {max_token_length: 150}`", overlay(dataset_conf={"max_token_length": 150})),
-    Trap("4", "`data_split_num: N` with one list reads it N times an epoch", "`dataset_conf: {data_split_num: 256}`",
-         overlay(dataset_conf={"data_split_num": 256})),
+    Trap("4", "`data_split_num: N` with one list reads it N times an epoch",
+         "`data_split_num: 256` in the model folder's config.yaml, as the released one has", read_once),
     Trap("5", "a batch above `batch_size_token_max` loses its last rows",
          "`batch_size_token_max: 1` in the model folder's config.yaml", batch_is_whole),
     Trap("6", "audio that cannot be read is replaced by a random other row", "a row whose audio is gone",

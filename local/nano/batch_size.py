@@ -1,79 +1,77 @@
 """dataset_conf.batch_size as an upper bound: a GPU with less memory than it needs gets smaller batches, and says so.
 
-    tokens = fit(trainer, model, optim, loader)      # before the first step; the loader's sampler is set to it
+    tokens = fit(trainer, model, optim, loader)      # before the first step of a training
 
-Two small batches of the longest rows and two of the shortest, which have the most text for their length, show what a
-row costs; memory grows evenly with rows because no layer keeps a matrix of scores (`fused_attention`).
+Tried, not estimated: a step on a batch of the longest rows and one of those with most text for their length, which
+need most memory for the encoder and for the logits.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from funasr.train_utils import trainer_ds as stock
 from funasr.train_utils.device_funcs import to_device
 
-# Of the GPU's memory; the rest is for other shapes of batch and for pieces that fit nothing.
+from common import UserError
+
+# Of the GPU's memory that the trial may use; the rest is for pieces that fit nothing.
 SHARE = 0.85
-# Bytes a trainable parameter still needs after the first step: the two moments of Adam in fp32, and its gradient.
-STATE = 12
 
 
-def tokens_that_fit(asked: int, measured: list[tuple[int, int, int, int, int]], memory: float) -> int:
-    """The largest batch size up to `asked` whose peak stays below `memory` bytes.
-
-    measured: (length of a row, rows, peak bytes, more rows, their peak bytes) for rows of different lengths.
-    """
-    most = asked
-    for length, few, low, many, high in measured:
-        row = max(1.0, (high - low) / (many - few))
-        most = min(most, int(few + (memory - low) / row) * length)
-    # In steps, so that a resumed run, whose memory differs by a little, meets the same batches.
-    return most if most == asked else most // 1024 * 1024
-
-
-def token_sampler(loader: Any) -> Any:
-    """Upstream's sampler, also inside a wrapper that has it as `stock`."""
-    return getattr(loader.batch_sampler, "stock", loader.batch_sampler)
+def largest(asked: int, longest: int, fits: Callable[[int], bool]) -> int:
+    """The first of asked, 0.8 x asked, ... that fits, down to a batch of one row; UserError where that does not."""
+    tokens = asked
+    while not fits(tokens):
+        if tokens <= longest:
+            raise UserError(f"one row of {longest} frames and tokens does not fit this GPU's memory; lower "
+                            "MAX_SPEECH_LENGTH of stage 0")  # fmt: skip
+        tokens = max(longest, int(0.8 * tokens))
+    return tokens
 
 
 def fit(trainer: stock.Trainer, model: torch.nn.Module, optim: torch.optim.Optimizer, loader: Any) -> int | None:
-    """Measure on this GPU, agree with the other processes, set the sampler. None where there is nothing to measure."""
-    sampler = token_sampler(loader)
-    sharded = trainer.use_deepspeed or trainer.use_fsdp
-    if not torch.cuda.is_available() or sharded or getattr(sampler, "batch_type", "example") == "example":
+    """A batch size that fits the GPU of every process. None where there is nothing to fit: CPU, DeepSpeed, examples."""
+    sampler, dataset = getattr(loader.batch_sampler, "stock", None), loader.dataset
+    by_length = getattr(sampler, "batch_type", "example") != "example"
+    if not torch.cuda.is_available() or trainer.use_deepspeed or not by_length:
         return None
-    model.train()
-    dataset, asked = loader.dataset, sampler.batch_size
-    rows = sorted(range(len(dataset)), key=dataset.get_source_len)
-    measured = []
-    for row, few, many in ((rows[-1], 1, 3), (rows[0], 8, 24)):
-        peaks = [peak(trainer, model, dataset.collator([dataset[row]] * count)) for count in (few, many)]
-        measured.append((dataset.get_source_len(row), few, peaks[0], many, peaks[1]))
-    states = STATE * sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    there = (value for state in optim.state.values() for value in state.values() if torch.is_tensor(value))
-    states -= sum(value.nbytes for value in there)  # a resumed run has them already
-    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    tokens = tokens_that_fit(asked, measured, SHARE * memory - states)
+    # Without DistributedDataParallel around it: a process that runs out of memory leaves the others waiting for none.
+    bare = getattr(model, "module", model).train()
+    trained = [parameter for parameter in bare.parameters() if parameter.requires_grad]
+    length = dataset.get_source_len
+    rows = range(len(dataset))
+    dearest = max(rows, key=length), max(rows, key=lambda row: len(dataset.index_ds[row]["assistant"][0]) / length(row))
+
+    def fits(tokens: int) -> bool:
+        try:
+            # In the place of what Adam keeps of each parameter after the first step.
+            _moments = [torch.empty_like(parameter) for parameter in trained for _ in range(0 if optim.state else 2)]
+            for row in dearest:
+                batch = dataset.collator([dataset[row]] * max(1, tokens // length(row)))
+                result: dict[str, Any] = {}
+                stock.Trainer.forward_step(trainer, bare, to_device(batch, trainer.device), result)
+                stock.Trainer.backward_step(trainer, bare, None, result)
+                bare.zero_grad(set_to_none=True)
+            return True
+        except torch.cuda.OutOfMemoryError:
+            bare.zero_grad(set_to_none=True)
+            return False
+
+    torch.cuda.set_per_process_memory_fraction(SHARE)
+    try:
+        tokens = largest(sampler.batch_size, length(dearest[0]), fits)
+    finally:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(1.0)
     if stock.dist.is_initialized():
         least = torch.tensor(tokens, device=trainer.device)
         stock.dist.all_reduce(least, op=stock.dist.ReduceOp.MIN)
         tokens = int(least)
-    if tokens < min(asked, dataset.get_source_len(rows[-1])):
-        raise RuntimeError("one row of the longest does not fit this GPU's memory; lower MAX_SPEECH_LENGTH of stage 0")
-    if tokens < asked:
-        logging.warning("dataset_conf.batch_size %d does not fit this GPU: %d frames and tokens a batch", asked, tokens)
-    sampler.batch_size = tokens
+    if tokens < sampler.batch_size:
+        logging.warning("dataset_conf.batch_size %d does not fit this GPU; a batch has %d frames and tokens",
+                        sampler.batch_size, tokens)  # fmt: skip
     return tokens
-
-
-def peak(trainer: stock.Trainer, model: torch.nn.Module, batch: dict[str, Any]) -> int:
-    """Bytes in use at the most in one forward and backward pass, which leaves no trace in the model."""
-    torch.cuda.reset_peak_memory_stats()
-    result: dict[str, Any] = {}
-    stock.Trainer.forward_step(trainer, model, to_device(batch, trainer.device), result)
-    stock.Trainer.backward_step(trainer, model, None, result)
-    model.zero_grad(set_to_none=True)
-    return torch.cuda.max_memory_allocated()

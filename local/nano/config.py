@@ -10,8 +10,10 @@ other; tests/test_keys.py gives each of them two values and shows what differs i
 
 from __future__ import annotations
 
+import argparse
 import copy
 import difflib
+import json
 import logging
 import os
 from pathlib import Path
@@ -38,7 +40,7 @@ SECTIONS = {
     "keep_nbest_models avg_nbest_model avg_keep_nbest_models_type log_interval validate_interval "
     "save_checkpoint_interval resume",
     "dataset_conf": "batch_type batch_size batch_size_sample_max sort_size shuffle max_token_length "
-    "min_source_length max_source_length max_target_length num_workers data_split_num prompt_classes cache_gib",
+    "min_source_length max_source_length max_target_length num_workers cache_gib",
 }
 ACCEPTED = {f"{part}.{key}".lstrip(".") for part, keys in SECTIONS.items() for key in keys.split()}
 
@@ -81,6 +83,8 @@ def effective(stage: dict[str, Any], model_dir: Path, fs: int) -> dict[str, Any]
     config = copy.deepcopy(stage) | {"model": str(model_dir), "hub": "ms", "disable_update": True}
     config.setdefault("frontend_conf", {})["fs"] = fs
     dataset = config.setdefault("dataset_conf", {})
+    # The released config reads one list 256 times an epoch, and puts a context before prompts that decoding has not.
+    dataset |= {"data_split_num": 1, "prompt_classes": None}
     # batch_size alone sizes a batch: upstream's limit of ten utterances makes batches of short turns tiny.
     dataset.setdefault("batch_size_sample_max", 10**6)
     # Features are made by the workers: as many as there are cores for each process, up to what a GPU can use.
@@ -90,7 +94,12 @@ def effective(stage: dict[str, Any], model_dir: Path, fs: int) -> dict[str, Any]
         # CPUs have no fast bf16 path for this model.
         config.setdefault("train_conf", {})["use_bf16"] = False
         config.setdefault("llm_conf", {})["llm_dtype"] = "fp32"
-    config = download_model(is_training=True, **config)
+    try:
+        config = download_model(is_training=True, **config)
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise UserError(f"{model_dir}: config.yaml or configuration.json cannot be read: {error}") from error
+    if absent := [name for name in ("audio_encoder", "audio_adaptor", "llm", "frontend") if not config.get(name)]:
+        raise UserError(f"{model_dir}/config.yaml says nothing of {', '.join(absent)}: not a Fun-ASR-Nano folder")
     paths = {"the LLM folder": config["llm_conf"].get("init_param_path")}
     if config.get("ctc_decoder"):
         paths["the CTC vocabulary"] = config["dataset_conf"].get("ctc_tokenizer_conf", {}).get("vocab_path")
@@ -98,7 +107,7 @@ def effective(stage: dict[str, Any], model_dir: Path, fs: int) -> dict[str, Any]
         # FunASR makes a path absolute that exists in the folder and is named in configuration.json, and no other.
         if not path or not Path(path).is_absolute() or not Path(path).exists():
             raise UserError(f"{model_dir}: {what} ({path}) is not there, or configuration.json does not name it under "
-                            "file_path_metas; bash run_experiment.sh -1 says what is missing")  # fmt: skip
+                            "file_path_metas; download the model again")  # fmt: skip
     return config
 
 
@@ -122,3 +131,17 @@ def build_on_meta(config: dict[str, Any]) -> torch.nn.Module:
             return model_class(**arguments)
     finally:
         logging.getLogger().setLevel(level)
+
+
+def stage_parser(description: str) -> argparse.ArgumentParser:
+    """A command line that names a stage's training: for train.py, and check_training.py before and after it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage_conf", type=Path, required=True, help="The stage's YAML: what it changes, no more.")
+    parser.add_argument("--overlay", type=Path, action="append", default=[], help="YAML laid over it (the demo's).")
+    parser.add_argument("--model_dir", type=Path, required=True, help="Model folder with config.yaml and tokenizer.")
+    parser.add_argument("--init_checkpoint", type=Path, required=True, help="Weights training starts from.")
+    parser.add_argument("--train_list", type=Path, required=True, help="Formatted JSONL to train on.")
+    parser.add_argument("--valid_list", type=Path, required=True, help="Formatted JSONL that ranks checkpoints.")
+    parser.add_argument("--output_dir", type=Path, required=True, help="Experiment folder of the stage.")
+    parser.add_argument("--frontend_fs", type=int, default=16000, help="Sampling rate of audio and features, Hz.")
+    return parser

@@ -1,6 +1,6 @@
 """FunASR's training dataset, strict: every row of the list is used once an epoch, or training stops and says which.
 
-Registered under FunASR's own names. What differs from funasr/datasets (1.4.16):
+Importing this module registers its classes under FunASR's own names. What differs from funasr 1.4.16:
   * audio that cannot be read stops training; upstream trains on a random other utterance instead;
   * audio at another rate than the frontend's stops training; upstream resamples, differently on different machines;
   * a batch is never cut: upstream drops the last samples of one above batch_size_token_max;
@@ -9,7 +9,8 @@ Registered under FunASR's own names. What differs from funasr/datasets (1.4.16):
     (upstream does where a whole sort buffer is above batch_size) and skips what a resumed epoch has done, with
     batches of examples too;
   * a batch says by its rows' numbers in the list what it holds (item["row"]), for the Trainer's account;
-  * a training row whose `channel` is {"online": SETTINGS} goes through `FunASR.channel`, anew in every epoch.
+  * a training row whose `channel` is {"online": SETTINGS} goes through `FunASR.channel`, anew in every epoch;
+  * filter-bank features are made in PyTorch, on CPU and GPU machines alike.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 import funasr  # noqa: F401  fills the registry
 import numpy as np
 import soundfile
+import torch
+from funasr.frontends import wav_frontend
 from funasr.register import tables
 
 # Upstream's module has two classes of this name, the second hides the first; the registry has both.
@@ -40,8 +43,6 @@ class FunASR(Stock):
     epoch: int | None = None
 
     def __init__(self, path: str, cache_gib: float = 0.0, **kwargs: Any):
-        if kwargs.get("prompt_classes"):
-            raise ValueError("dataset_conf.prompt_classes adds a context to every prompt that decoding does not have")
         super().__init__(path, **kwargs)
         # One try: the second would be a random other row.
         self.retry = 1
@@ -52,50 +53,51 @@ class FunASR(Stock):
         if self.online and (self.channel is None or not kwargs.get("is_training")):
             raise ValueError(f"{path} has rows whose channel is drawn in training; only local/train.py trains on them, "
                              "and dev rows must not be such; run stage 0 again")  # fmt: skip
-        self.simulated: np.ndarray | None = None
         if self.online:
             if self.preprocessor_noise is not None:
                 raise ValueError("dataset_conf.preprocessor_noise has the place of the online channel; leave it out")
-            # Upstream logs an exception in this hook and trains on clean audio: it only hands over what is finished.
-            self.preprocessor_noise = lambda samples: samples if self.simulated is None else self.simulated
+            self.preprocessor_noise = self._through_channel
 
     def __getitem__(self, index: int) -> dict:
         """Features and labels of row `index`. Raises RuntimeError for audio that cannot be used as it is."""
         if index in self.cache:
             return self.cache[index]
         row = self.index_ds[index]
-        path = self.pattern.search(row["user"][0]).group(0)[len("<|startofspeech|>!") : -len("<|endofspeech|>")]
+        key, path = row.get("key"), self.pattern.search(row["user"][0]).group(0)
+        path = path[len("<|startofspeech|>!") : -len("<|endofspeech|>")]
         try:
             rate = soundfile.info(path).samplerate
         except (soundfile.LibsndfileError, OSError) as error:
-            raise RuntimeError(f"{row.get('key')}: cannot read {path}: {error}; run stage 0 again") from error
+            raise RuntimeError(f"{key}: cannot read {path}: {error}; run stage 0 again") from error
         if rate != self.fs:
-            raise RuntimeError(f"{row.get('key')}: {path} is at {rate} Hz, not the frontend's {self.fs}; redo stage 0")
-        settings = self.online.get(row.get("key"))
-        self.simulated = None if settings is None else self._simulate(row, path, settings)
+            raise RuntimeError(f"{key}: {path} is at {rate} Hz, not the frontend's {self.fs}; redo stage 0")
+        # Upstream logs an exception of the channel and trains on clean audio, and does so with rows that are `noised`.
+        self.key, self.failure = key, "was not asked for" if key in self.online else None
         sample = super().__getitem__(index)
+        if self.failure:
+            raise RuntimeError(f"{key}: {path}: the channel of epoch {self.epoch} {self.failure}")
         if sample is None or "speech" not in sample:
-            raise RuntimeError(f"{row.get('key')}: no features from {path} (see the lines above)")
+            raise RuntimeError(f"{key}: no features from {path} (see the lines above)")
         row["row"] = index
-        if settings is not None:
-            return sample
         size = sum(feature.nbytes for feature in sample["speech"])
-        if size <= self.cache_left:
+        if key not in self.online and size <= self.cache_left:
             self.cache_left -= size
             self.cache[index] = sample
         return sample
 
-    def _simulate(self, row: dict, path: str, settings: str) -> np.ndarray:
-        """The row's audio after its channel of this epoch."""
-        if self.epoch is None or row.get("noised"):
-            raise RuntimeError(f"{row['key']}: no epoch is set, or the row is `noised`: no channel is drawn")
-        samples, rate = soundfile.read(path, dtype="float32")
+    def _through_channel(self, samples: np.ndarray) -> np.ndarray:
+        """What upstream makes features of in place of the samples it has read: of an online row, this epoch's call."""
+        if self.key not in self.online:
+            return samples
+        if self.epoch is None:
+            self.failure = "cannot be drawn: no epoch is set"
+            return samples
         try:
-            heard = self.channel(settings, row["key"], samples, rate, self.epoch)
+            heard = self.channel(self.online[self.key], self.key, samples, self.fs, self.epoch)
         except Exception as error:
-            raise RuntimeError(f"{row['key']}: the channel of epoch {self.epoch} failed on {path}: {error}") from error
-        if heard.shape != samples.shape:
-            raise RuntimeError(f"{row['key']}: the channel made {heard.shape} samples of {samples.shape}")
+            self.failure = f"failed: {error}"
+            raise
+        self.failure = f"made {heard.shape} samples of {samples.shape}" if heard.shape != samples.shape else None
         return heard
 
 
@@ -103,7 +105,7 @@ class Once:
     """Upstream's batches of row numbers, less empty batches, on one process less repeated rows; `skip` are done."""
 
     def __init__(self, stock: Any, skip: int):
-        self.stock, self.skip = stock, skip
+        self.stock, self.skip, self.count = stock, skip, len(stock)
 
     def __iter__(self) -> Iterator[list[int]]:
         seen: set[int] = set()
@@ -116,10 +118,12 @@ class Once:
         full = [batch for batch in batches if batch]
         if self.stock.num_replicas > 1:  # each process takes the same number of steps
             full = [batch or full[0] for batch in batches]
+        self.count = len(full)
         return iter(full[self.skip :])
 
     def __len__(self) -> int:
-        return len(self.stock)
+        """Batches of the epoch, those that are done too; before the first iteration upstream's guess."""
+        return self.count
 
     def set_epoch(self, epoch: int) -> None:
         self.stock.set_epoch(epoch)
@@ -143,3 +147,55 @@ def online_rows(path: str) -> dict[str, str]:
                 if isinstance(row.get("channel"), dict) and "online" in row["channel"]:
                     found[row["key"]] = row["channel"]["online"]
     return found
+
+
+@tables.register("frontend_classes", "WavFrontend")
+class WavFrontend(wav_frontend.WavFrontend):
+    """Log mel filter bank with LFR as Kaldi defines them: upstream's numbers within rounding, in a third of the time.
+
+    Upstream calls kaldi-native-fbank, frame by frame from Python, or torchaudio, whichever is there.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.usual = self.window == "hamming" and self.snip_edges and self.upsacle_samples
+        self.size, self.shift = (self.fs * ms // 1000 for ms in (self.frame_length, self.frame_shift))
+        self.fft = 1 << (self.size - 1).bit_length()
+        self.taper = torch.hamming_window(self.size, periodic=False)
+        self.mels = mel_filters(self.n_mels, self.fs, self.fft)
+
+    def forward(self, input: torch.Tensor, input_lengths, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (batch, LFR frames, mels * lfr_m) of waveforms (batch, samples) in -1..1, and their lengths."""
+        if not self.usual or min(input_lengths) < self.size:
+            return super().forward(input, input_lengths, **kwargs)
+        features = []
+        for waveform, length in zip(input, input_lengths, strict=True):
+            features.append(wav_frontend.apply_lfr(self.fbank(waveform[:length]), self.lfr_m, self.lfr_n))
+            if self.cmvn is not None:
+                features[-1] = wav_frontend.apply_cmvn(features[-1], self.cmvn)
+        lengths = torch.tensor([len(feature) for feature in features])
+        return torch.nn.utils.rnn.pad_sequence(features, batch_first=True), lengths
+
+    def fbank(self, waveform: torch.Tensor) -> torch.Tensor:
+        """Log mel energies (frames, mels) of one waveform (samples,)."""
+        frames = (waveform * (1 << 15)).unfold(-1, self.size, self.shift)
+        if self.dither:
+            frames = frames + self.dither * torch.randn_like(frames)
+        frames = frames - frames.mean(-1, keepdim=True)
+        before = torch.cat([frames[:, :1], frames[:, :-1]], dim=-1)
+        spectrum = torch.fft.rfft((frames - 0.97 * before) * self.taper.to(frames), self.fft)[:, :-1]
+        power = spectrum.real.square() + spectrum.imag.square()
+        return (power @ self.mels.to(frames)).clamp(min=torch.finfo(torch.float32).eps).log()
+
+
+def mel_filters(count: int, fs: int, fft: int, low: float = 20.0) -> torch.Tensor:
+    """Kaldi's triangles, (fft / 2, count): evenly spaced on its mel scale from `low` Hz to half the sampling rate."""
+
+    def mel(hz: torch.Tensor) -> torch.Tensor:
+        return 1127.0 * torch.log1p(hz / 700.0)
+
+    first, last = mel(torch.tensor([low, fs / 2], dtype=torch.float64)).tolist()
+    edges = torch.linspace(first, last, count + 2, dtype=torch.float64)
+    bins = mel(torch.arange(fft // 2, dtype=torch.float64) * fs / fft)[:, None]
+    rising, falling = (bins - edges[:-2]), (edges[2:] - bins)
+    return (torch.minimum(rising, falling) / (edges[1] - edges[0])).clamp(min=0).float()

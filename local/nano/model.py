@@ -11,16 +11,14 @@ What differs from funasr/models/fun_asr_nano/model.py (1.4.16):
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
 from funasr.models.fun_asr_nano import model as stock
-from funasr.models.fun_asr_nano.checkpoint_utils import disable_incomplete_ctc
+from funasr.models.sense_voice.model import MultiHeadedAttentionSANM
+from funasr.models.transformer.attention import MultiHeadedAttention
 from funasr.register import tables
 from funasr.train_utils.device_funcs import force_gatherable
-
-from nano.attention import fuse
 
 IGNORE = -100
 
@@ -48,16 +46,9 @@ class FunASRNano(stock.FunASRNano):
                 parameter.data = parameter.data.float()
 
     def on_pretrained_model_loaded(self, loaded_keys) -> None:
-        """Keep a CTC branch that is about to be trained although the checkpoint has no weights for it, and say so."""
-        if self.ctc_decoder is None:
-            return
-        if any(p.requires_grad for p in self.ctc.parameters()):
-            wanted = {f"{part}.{key}" for part in ("ctc_decoder", "ctc") for key in getattr(self, part).state_dict()}
-            missing = len(wanted - set(loaded_keys))
-            if missing:
-                logging.warning("the checkpoint lacks %d of %d CTC tensors: they start random", missing, len(wanted))
-        else:
-            disable_incomplete_ctc(self, loaded_keys, log=logging)
+        """Keep a CTC branch that is trained although the checkpoint has no weights of it (the preflight says so)."""
+        if self.ctc_decoder is not None and not any(p.requires_grad for p in self.ctc.parameters()):
+            super().on_pretrained_model_loaded(loaded_keys)
 
     def train(self, mode: bool = True) -> FunASRNano:
         """Set train mode for what is trained only.
@@ -154,3 +145,39 @@ def place_speech(
     inside = (offset >= 0) & (offset < count[:, None])
     index = offset.clamp(0, speech.shape[1] - 1)[:, :, None].expand(-1, -1, speech.shape[2])
     return torch.where(inside[:, :, None], speech.to(embeddings.dtype).gather(1, index), embeddings)
+
+
+def attend(layer: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask) -> torch.Tensor:
+    """The layer's output for heads (batch, head, time, d_k) and a mask (batch, 1, time), nonzero where speech is.
+
+    Upstream keeps the scores of every layer for the backward pass: an utterance of 120 s is 2,000 frames, times 2,000,
+    times 4 heads, times 70 layers. PyTorch computes the same sums in blocks; on a CPU only without dropout.
+    """
+    keep = None if mask is None else mask.unsqueeze(1) != 0
+    dropout = layer.dropout.p if layer.training else 0.0
+    heads = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout)
+    return layer.linear_out(heads.transpose(1, 2).flatten(2))
+
+
+class FusedSANM(MultiHeadedAttentionSANM):
+    """SenseVoice's self-attention with its convolutional memory."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor, mask_shfit_chunk=None, mask_att_chunk_encoder=None):
+        q, k, v, value = self.forward_qkv(x)
+        if mask_att_chunk_encoder is not None:
+            mask = mask * mask_att_chunk_encoder
+        return attend(self, q, k, v, mask) + self.forward_fsmn(value, mask, mask_shfit_chunk)
+
+
+class Fused(MultiHeadedAttention):
+    """The adaptor's and the CTC branch's attention."""
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor):
+        return attend(self, *self.forward_qkv(query, key, value), mask)
+
+
+def fuse(module: torch.nn.Module | None) -> None:
+    """Exchange upstream's attention layers in encoder, adaptor or CTC branch; the weights are kept."""
+    fused = {MultiHeadedAttentionSANM: FusedSANM, MultiHeadedAttention: Fused}
+    for layer in module.modules() if module is not None else ():
+        layer.__class__ = fused.get(type(layer), type(layer))

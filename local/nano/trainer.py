@@ -5,6 +5,7 @@ Set as `funasr.bin.train_ds.Trainer` by local/train.py. What differs from funasr
   * a checkpoint is written once, under a temporary name, then linked to its other names; upstream writes it up to
     three times in place, and a torn model.pt is a traceback at every later start;
   * a checkpoint inside an epoch counts its steps from the epoch's start, so a second resume repeats no data;
+  * the loss of an epoch is that of all its steps, those before a resume too; its last step is logged;
   * the dataset is told the epoch before its workers start: a channel drawn online depends on it;
   * dataset_conf.batch_size is made to fit the GPU's memory;
   * early stopping counts on after a resume, from what the checkpoint says; upstream starts anew;
@@ -18,6 +19,7 @@ import json
 import logging
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,13 @@ import torch
 from funasr.train_utils import trainer_ds as stock
 
 from common import write_json
-from nano.batch_size import fit, token_sampler
-from nano.weights import digest, save_atomically
+from nano import weights
+from nano.batch_size import fit
+
+RANKING = ("saved_ckpts", "val_acc_step_or_epoch", "val_loss_step_or_epoch", "best_step_or_epoch",
+           "avg_keep_nbest_models_type", "batch_total")  # fmt: skip
+OURS = ("best_val_loss", "epochs_no_improve", "rows_used", "batch_tokens")  # what upstream's checkpoint does not have
+BESIDE = "ours.pt"  # which has it in a checkpoint of DeepSpeed, a folder
 
 
 class Trainer(stock.Trainer):
@@ -37,6 +44,7 @@ class Trainer(stock.Trainer):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
+        self.folder = Path(self.output_dir)
         self.trainable: set[str] = set()
         self.batch_tokens: int | None = None
         self.patience = kwargs.get("early_stopping_patience", 0)
@@ -46,6 +54,7 @@ class Trainer(stock.Trainer):
         # How often each row of the list was used in the running epoch, over all processes, and past epochs' sums.
         self.row_uses = torch.zeros(0, dtype=torch.int32)
         self.rows_used: dict[str, dict[str, int]] = {}
+        self.before_resume = (0, 0.0, 0.0)
 
     @property
     def device(self) -> Any:
@@ -59,31 +68,34 @@ class Trainer(stock.Trainer):
     def warp_model(self, model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
         """Note what is trained, write it beside run.json, then wrap the model for its device and processes."""
         kwargs["train_conf"]["early_stopping_patience"] = 0  # or main() stops too, counting from the last resume
-        self.trainable = trainable_names(model)
+        self.trainable = weights.trainable_names(model)
         if self.rank == 0:
-            write_parameters(model, Path(self.output_dir) / "parameters.json")
+            counts = count_parameters(model)
+            write_json(self.folder / "parameters.json", counts)
+            trained = [f"{module} {count['trainable']:,}" for module, count in counts.items() if count["trainable"]]
+            logging.info("trainable parameters: %s", ", ".join(trained))
             state = model.state_dict()
-            start = {name: digest(state[name]) for name in sorted(self.trainable)}
-            write_json(Path(self.output_dir) / "start.json", start)
+            write_json(self.folder / "start.json", {key: weights.digest(state[key]) for key in sorted(self.trainable)})
         if self.use_ddp and not torch.cuda.is_available():
             return torch.nn.parallel.DistributedDataParallel(model)
         return super().warp_model(model, **kwargs)
 
     def resume_checkpoint(self, **kwargs: Any) -> None:
         """Go on from model.pt, early stopping and rows used too; remove what a kill in the middle of a save left."""
-        folder = Path(self.output_dir)
         if self.rank == 0:
-            for torn in folder.glob(".*.tmp"):
+            for torn in self.folder.glob(".*.tmp"):
                 torn.unlink()
         super().resume_checkpoint(**kwargs)
-        if self.resume and not self.use_deepspeed and (folder / "model.pt").is_file():
-            saved = torch.load(folder / "model.pt", map_location="cpu", mmap=True)
-            self.best_val_loss, self.epochs_no_improve = saved["best_val_loss"], saved["epochs_no_improve"]
-            self.rows_used, self.row_uses = saved["rows_used"], saved["row_uses"].clone()
-            if self.rank > 0:  # the saved ones are of all processes
-                self.row_uses.zero_()
+        path = self.folder / "model.pt"
+        path = path / BESIDE if path.is_dir() else path
+        if self.resume and path.is_file():
+            saved = torch.load(path, map_location="cpu", mmap=True)
+            for field in OURS:
+                setattr(self, field, saved[field])
+            # Those of all processes, counted once.
+            self.row_uses = saved["row_uses"].clone() if self.rank == 0 else torch.zeros_like(saved["row_uses"])
 
-    def train_epoch(self, model=None, optim=None, dataloader_train=None, epoch=None, **kwargs: Any) -> None:
+    def train_epoch(self, model=None, optim=None, dataloader_train=None, epoch=None, start_step=0, **kwargs: Any):
         """Train one epoch in batches that fit the GPU, or nothing where early stopping has ended the training (main()
         cannot be told).
 
@@ -93,13 +105,14 @@ class Trainer(stock.Trainer):
         if self.idle:
             return
         dataloader_train.dataset.epoch = epoch
-        if self.batch_tokens is None:
-            self.batch_tokens = fit(self, model, optim, dataloader_train)
-        else:
-            token_sampler(dataloader_train).batch_size = self.batch_tokens
-        if not kwargs.get("start_step"):
+        self.batch_tokens = self.batch_tokens or fit(self, model, optim, dataloader_train)
+        if self.batch_tokens:
+            dataloader_train.batch_sampler.stock.batch_size = self.batch_tokens
+        self.before_resume = (start_step, self.train_loss_avg, self.train_acc_avg)
+        if not start_step:
             self.row_uses = torch.zeros(len(dataloader_train.dataset), dtype=torch.int32)
-        super().train_epoch(model=model, optim=optim, dataloader_train=dataloader_train, epoch=epoch, **kwargs)
+        super().train_epoch(model=model, optim=optim, dataloader_train=dataloader_train, epoch=epoch,
+                            start_step=start_step, **kwargs)  # fmt: skip
         uses = self._uses_of_all_processes()
         self.rows_used[str(epoch + 1)] = {
             "rows": len(uses), "missed": int((uses == 0).sum()), "repeated": int((uses - 1).clamp(min=0).sum()),
@@ -125,9 +138,25 @@ class Trainer(stock.Trainer):
             rows = torch.tensor([item["row"] for item in batch["item"]])
             self.row_uses.index_add_(0, rows, torch.ones(len(rows), dtype=torch.int32))
 
+    def log(self, loss_dict: dict[str, Any], tag: str = "train", **kwargs: Any) -> None:
+        """Log every log_interval steps, and the last of an epoch: its mean is then the epoch's."""
+        kept = {name: getattr(self, name) for name in ("log_interval", "train_loss_avg", "train_acc_avg")}
+        if loss_dict["log_step"] + 1 == loss_dict["batch_num_epoch"]:
+            self.log_interval = 1
+        if tag == "train":
+            self.train_loss_avg, self.train_acc_avg = self._epoch_means(loss_dict["batch_idx"] + 1)
+        super().log(loss_dict, tag, **kwargs)
+        vars(self).update(kept)
+
+    def _epoch_means(self, steps: int) -> tuple[float, float]:
+        """Loss and accuracy since the epoch's start; upstream's are those of the `steps` since a resume."""
+        before, loss, accuracy = self.before_resume
+        pairs = (loss, self.train_loss_avg), (accuracy, self.train_acc_avg)
+        return tuple((before * old + steps * new) / (before + steps) for old, new in pairs)
+
     def _describe_rows(self) -> None:
         if self.rank == 0:
-            path = Path(self.output_dir) / "run.json"
+            path = self.folder / "run.json"
             described = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             write_json(path, described | {"rows_used": self.rows_used})
 
@@ -145,42 +174,33 @@ class Trainer(stock.Trainer):
         """Save everything a resume needs as model.pt.ep<epoch>[.<step>] and model.pt; drop the worst beyond n-best."""
         if self.idle:
             return
-        if self.use_deepspeed or self.use_fsdp:
-            super().save_checkpoint(epoch, step, model, optim, scheduler, scaler, step_in_epoch, **kwargs)
-            return
         row_uses = self._uses_of_all_processes()
+        inside = step_in_epoch if step is not None else None
+        name = f"model.pt.ep{epoch}" if inside is None else f"model.pt.ep{epoch}.{inside}"
+        ours = {"row_uses": row_uses, **{field: getattr(self, field) for field in OURS}}
+        if self.use_deepspeed:
+            super().save_checkpoint(epoch, step, model, optim, scheduler, scaler, step_in_epoch, **kwargs)
+            if self.rank == 0:
+                weights.save_atomically(ours, self.folder / "model.pt" / BESIDE)
+                for old in {path.name for path in self.folder.glob("model.pt.ep*")} - {*self.saved_ckpts, name}:
+                    shutil.rmtree(self.folder / old)
+            return
         if self.rank == 0:
-            inside = step is not None
-            name = f"model.pt.ep{epoch}.{step_in_epoch}" if inside else f"model.pt.ep{epoch}"
+            loss, accuracy = (0.0, 0.0) if inside is None else self._epoch_means(step)
             discard = self._rank_checkpoint(name)
             state = {
-                "epoch": epoch,
-                "state_dict": (model.module if hasattr(model, "module") else model).state_dict(),
-                "optimizer": optim.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "step": step_in_epoch if inside else None,
-                "step_in_epoch": step_in_epoch if inside else None,
-                "data_split_i": kwargs.get("data_split_i", 0),
-                "data_split_num": kwargs.get("data_split_num", 1),
-                "train_loss_avg": kwargs.get("train_loss_avg", 0.0),
-                "train_acc_avg": kwargs.get("train_acc_avg", 0.0),
-                "row_uses": row_uses, "rows_used": self.rows_used,
-                **{field: getattr(self, field) for field in (
-                    "saved_ckpts", "val_acc_step_or_epoch", "val_loss_step_or_epoch",
-                    "best_step_or_epoch", "avg_keep_nbest_models_type", "batch_total",
-                    "best_val_loss", "epochs_no_improve",
-                )},
-            }
-            if scaler:
-                state["scaler_state"] = scaler.state_dict()
-            folder = Path(self.output_dir)
-            save_atomically(state, folder / name)
+                "epoch": epoch, "step": inside, "step_in_epoch": inside, "train_loss_avg": loss,
+                "train_acc_avg": accuracy, "optimizer": optim.state_dict(), "scheduler": scheduler.state_dict(),
+                "state_dict": (model.module if hasattr(model, "module") else model).state_dict(), **ours,
+                **{field: getattr(self, field) for field in RANKING},
+            } | ({"scaler_state": scaler.state_dict()} if scaler else {})
+            weights.save_atomically(state, self.folder / name)
             # model.pt last: a resume goes by it.
             for link in ["model.pt.best"] * (self.best_step_or_epoch == name) + ["model.pt"]:
-                link_atomically(folder / name, folder / link)
+                link_atomically(self.folder / name, self.folder / link)
             for old in discard:
-                (folder / old).unlink(missing_ok=True)
-            logging.info("Checkpoint saved to %s", folder / name)
+                (self.folder / old).unlink(missing_ok=True)
+            logging.info("Checkpoint saved to %s", self.folder / name)
         if self.use_ddp:
             stock.dist.barrier()
 
@@ -197,46 +217,20 @@ class Trainer(stock.Trainer):
             self.best_step_or_epoch = order[0]
         kept = order[: self.keep_nbest_models]
         self.saved_ckpts = {saved: keep[saved] for saved in kept}
-        on_disk = {path.name for path in Path(self.output_dir).glob("model.pt.ep*")}
+        on_disk = {path.name for path in self.folder.glob("model.pt.ep*")}
         return sorted(on_disk - set(kept) - {name})
 
     def close(self, writer: Any = None) -> None:
         """Average the best checkpoints into averaged.pt, then close upstream's way."""
-        if self.rank == 0 and not self.use_deepspeed:
-            folder = Path(self.output_dir)
+        if self.rank == 0:
             best = sorted(self.saved_ckpts, key=self.saved_ckpts.get, reverse=self.avg_keep_nbest_models_type != "loss")
             best = best[: self.avg_nbest_model]
-            state = average([folder / name for name in best], self.trainable, Path(self.initial))
-            save_atomically({"state_dict": state, "lora": self.lora, "averaged": best}, folder / "averaged.pt")
+            state = weights.average([self.folder / name for name in best], self.trainable, Path(self.initial))
+            content = {"state_dict": state, "lora": self.lora, "averaged": best}
+            weights.save_atomically(content, self.folder / "averaged.pt")
             logging.info("averaged.pt is the mean of %s", ", ".join(best))
         self._describe_rows()  # train.py writes run.json anew; of a resumed run the last epoch may be all done
-        super().close(writer)
-
-
-def trainable_names(model: torch.nn.Module) -> set[str]:
-    """Names in the state dict that training changes: a tied output layer is there under two, a parameter under one."""
-    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    return {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in trained}
-
-
-def average(checkpoints: list[Path], trainable: set[str], initial: Path) -> dict[str, torch.Tensor]:
-    """Mean of the trainable tensors over the checkpoints, in fp32; all else bit for bit from `initial`.
-
-    A frozen tensor that `initial` lacks (an untrained CTC branch) is taken from the last checkpoint.
-    """
-    if not checkpoints:
-        raise RuntimeError("no validated checkpoint to average; is the dev list empty or its loss not finite?")
-    states = [torch.load(path, map_location="cpu", mmap=True)["state_dict"] for path in checkpoints]
-    start = torch.load(initial, map_location="cpu", mmap=True)
-    start = start.get("state_dict", start)
-    averaged = {}
-    for name, last in states[-1].items():
-        if name in trainable:
-            mean = torch.stack([state[name].float() for state in states]).mean(0)
-            averaged[name] = mean.to(last.dtype)
-        else:
-            averaged[name] = start[name].to(last.dtype) if name in start else last
-    return averaged
+        super().close(writer or self.writer)  # upstream's main() gives none, and the last curves wait in memory
 
 
 def link_atomically(path: Path, link: Path) -> None:
@@ -247,14 +241,12 @@ def link_atomically(path: Path, link: Path) -> None:
     os.replace(temporary, link)
 
 
-def write_parameters(model: torch.nn.Module, path: Path) -> None:
-    """Write {"module": {"parameters", "trainable"}} of the model's top modules as JSON, and log the trainable ones."""
+def count_parameters(model: torch.nn.Module) -> dict[str, dict[str, int]]:
+    """{"module": {"parameters", "trainable"}} of the model's top modules, LoRA as one of its own."""
     counts: dict[str, dict[str, int]] = {}
     for name, parameter in model.named_parameters():
         module = "lora" if "lora_" in name else name.split(".")[0]
         count = counts.setdefault(module, {"parameters": 0, "trainable": 0})
         count["parameters"] += parameter.numel()
         count["trainable"] += parameter.numel() * parameter.requires_grad
-    path.write_text(json.dumps(counts, indent=1) + "\n", encoding="utf-8")
-    trained = [f"{module} {count['trainable']:,}" for module, count in counts.items() if count["trainable"]]
-    logging.info("trainable parameters: %s", ", ".join(trained))
+    return counts

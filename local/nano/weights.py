@@ -1,4 +1,4 @@
-"""Checkpoints as plain dictionaries of tensors: read, fold LoRA, interpolate, write whole or not at all.
+"""Checkpoints as plain dictionaries of tensors: read, fold LoRA, average, interpolate, write whole or not at all.
 
     state = load_folded("exp/stage3/averaged.pt")
     save_atomically({"state_dict": interpolate(base, state, alpha=0.5), "lora": None}, "final.pt")
@@ -10,6 +10,7 @@ import hashlib
 import os
 import pickle
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,6 +90,35 @@ def interpolate(base: State, adapted: State, alpha: float) -> State:
             done[tied] = torch.lerp(old.float(), new.float(), alpha).to(new.dtype) if moved else new
         mixed[name] = done[tied]
     return mixed
+
+
+def average(checkpoints: list[Path], trainable: set[str], initial: Path) -> State:
+    """Mean of the trainable tensors over the checkpoints, in fp32; all else bit for bit from `initial`.
+
+    A frozen tensor that `initial` lacks (an untrained CTC branch) is taken from the last checkpoint.
+    """
+    if not checkpoints:
+        raise UserError("no validated checkpoint to average; is the loss of the dev list finite?")
+    states = [read_trained(path) for path in checkpoints]
+    start = torch.load(initial, map_location="cpu", mmap=True)
+    start = start.get("state_dict", start)
+    averaged = {}
+    for name, last in states[-1].items():
+        kept = torch.stack([state[name].float() for state in states]).mean(0) if name in trainable else start.get(name)
+        averaged[name] = last if kept is None else kept.to(last.dtype)
+    return averaged
+
+
+def read_trained(path: Path) -> State:
+    """The tensors of a checkpoint that training saved; DeepSpeed's is a folder."""
+    file = path / "mp_rank_00_model_states.pt" if path.is_dir() else path
+    return torch.load(file, map_location="cpu", mmap=True)["state_dict"]
+
+
+def trainable_names(model: torch.nn.Module) -> set[str]:
+    """Names in the state dict that training changes: a tied output layer is there under two, a parameter under one."""
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    return {name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) in trained}
 
 
 def misfits(model: torch.nn.Module, state: State) -> tuple[list[str], list[str]]:
