@@ -15,7 +15,7 @@ import torch
 from common import UserError, read_jsonl, write_jsonl
 from decode import named, utterance
 from miniature import build_folder
-from nano.inference import Recogniser, batches
+from nano.inference import Recogniser, batches, read_conf
 
 ROOT = __file__.rsplit("/tests/", 1)[0]
 TEXT = "您好我的退款订单号一二三四五六七八九逾期了吗"
@@ -288,3 +288,13 @@ def test_the_mix_is_chosen_on_dev_and_without_p_values(tmp_path):
         assert json.loads((tmp_path / "choice.json").read_text("utf-8"))["alpha"] == alpha
     summary = json.loads((tmp_path / "dev_summary.json").read_text("utf-8"))
     assert all(row["p_value"] is None for row in summary)
+
+
+def test_auto_is_what_it_means_on_this_machine(tmp_path, monkeypatch):
+    names = ("device", "dtype", "batch_size", "batch_seconds")
+    auto = write_conf(tmp_path / "conf.yaml", **dict.fromkeys(names, "auto"))
+    for gpu, meant in ((False, ["cpu", "fp32", 32, 600]), (True, ["cuda", "bf16", 128, 2400])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert [read_conf(auto)[name] for name in names] == meant
+    chosen = write_conf(tmp_path / "conf.yaml", device="cuda", batch_size=7)
+    assert read_conf(chosen)["dtype"] == "bf16" and read_conf(chosen)["batch_size"] == 7
