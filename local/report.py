@@ -113,10 +113,11 @@ def stages(exp_output: Path, missing: list[str]) -> list[dict[str, Any]]:
         losses: dict[str, dict[int, float]] = {"train": {}, "val": {}}
         for step in read_log(log):  # of a validation's lines, and of a step that was done twice, the last counts
             losses[step["tag"]][step["total_step"]] = step["loss"]
+        curves = {tag: sorted(points.items()) for tag, points in losses.items()}
         found.append({
             "name": record.parent.name, "run": read_json(record, missing, {}),
             "parameters": read_json(record.with_name("parameters.json"), missing, {}),
-            "losses": {tag: sorted(points.items()) for tag, points in losses.items()},
+            "losses": curves, "chart": loss_curve(curves),
         })
     if not found:
         missing.append(f"{exp_output}/exp/*/*/run.json")
@@ -234,13 +235,11 @@ def gather(exp_output: Path, with_audio: bool) -> dict[str, Any]:
         row["audio"] = embed(row["audio"], missing) if with_audio else None
     keywords = sorted(calls.get("keywords", []),
                       key=lambda row: (row["reference"] == 0, row["keyword_recall"], -row["reference"]))
-    found = stages(exp_output, missing)
     return {
         "exp_output": exp_output, "summary": summary, "choice": choice, "sets": SETS, "with_audio": with_audio,
         "verdict": judge(summary, choice["max_wideband_loss"] if choice else 0.01),
         "condition_groups": condition_groups(details["conditions"]), "worst": worst, "keywords": keywords[:40],
-        "confusions": calls.get("confusions", [])[:20], "stages": found,
-        "charts": [{"title": f"Loss, {stage['name']}", "uri": loss_curve(stage["losses"])} for stage in found],
+        "confusions": calls.get("confusions", [])[:20], "stages": stages(exp_output, missing),
         "gallery": gallery(base["simulated_test"], base["wideband_test"], missing) if with_audio else [],
         "data": data_counts(exp_output, missing), "commands": commands(exp_output), "missing": missing,
         "decoding": [json.loads(path.read_text("utf-8")) for path in sorted(evaluation.glob("transcripts/*.run.json"))],

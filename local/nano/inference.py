@@ -90,14 +90,15 @@ class Recogniser:
         keys = [utterance.key for utterance in utterances]
         texts: list[str] = []
         size = len(keys)
-        while part := keys[len(texts) : len(texts) + size]:
+        while len(texts) < len(keys):
+            part = slice(len(texts), len(texts) + size)
             try:
-                results, _ = self.auto_model.model.inference_llm(messages[len(texts) :][:size], key=part, **options)
+                results, _ = self.auto_model.model.inference_llm(messages[part], key=keys[part], **options)
                 texts += [result["text"] for result in results]
                 continue
             except torch.cuda.OutOfMemoryError as error:
                 if size == 1:
-                    raise UserError(f"{part[0]} alone does not fit the GPU's memory; see device in the YAML") from error
+                    raise UserError(f"{keys[len(texts)]} alone does not fit the GPU's memory; see device") from error
             # Out here, where no traceback holds the tensors of the attempt any more.
             torch.cuda.empty_cache()
             logging.warning("%d utterances at once do not fit the GPU's memory: %d from here to the end of the batch; "
