@@ -139,7 +139,7 @@ def bench_decoding(corpus: Path, folder: Path, args: argparse.Namespace) -> dict
 
     conf = inference.read_conf(ROOT / "conf" / "decode.yaml")
     rows = [json.loads(line) for line in corpus.read_text("utf-8").splitlines()]
-    ours = inference.Recogniser(folder, args.device)
+    ours = inference.Recogniser(folder, conf["device"], conf["dtype"])
     # Noise of random weights does not end by itself: every hypothesis runs to its limit.
     ours.auto_model.model.llm.generation_config.eos_token_id = None
     rates: dict[str, list[float]] = {"stock": [], "stock_largest": [], "ours": []}

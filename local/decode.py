@@ -42,87 +42,76 @@ def get_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def parse_row(row: dict[str, Any]) -> dict[str, str]:
+    """What a formatted row says, by role; that of the user as "prompt" and "audio", a path."""
+    said = {message["role"]: message["content"] for message in row.get("messages", [])}
+    match = SPEECH.fullmatch(said.get("user", ""))
+    if match is None:
+        raise UserError(f"{row.get('key')}: no user message with <|startofspeech|>!PATH<|endofspeech|>; see stage 0")
+    return said | {"prompt": match[1], "audio": match[2]}
+
+
 def utterance(row: dict[str, Any], frontend_fs: int) -> Utterance:
     """The audio and the prompt of a formatted row."""
-    contents, prompt, path = parse_row(row)
+    said = parse_row(row)
     try:
-        samples, rate = audio.read(path)
+        samples, rate = audio.read(said["audio"])
     except audio.AudioError as error:
         raise UserError(f"{row['key']}: {error}; run stage 0 again") from error
     if rate != frontend_fs:
         # FunASR would resample without a word, with another filter than training data had.
-        raise UserError(f"{row['key']}: {path} is at {rate} Hz, the frontend at {frontend_fs} Hz; see stage 0")
-    return Utterance(row["key"], samples, prompt, *([contents["system"]] if "system" in contents else []))
+        raise UserError(f"{row['key']}: {said['audio']} is at {rate} Hz, the frontend at {frontend_fs} Hz; see stage 0")
+    return Utterance(row["key"], samples, said["prompt"], *([said["system"]] if "system" in said else []))
 
 
-def parse_row(row: dict[str, Any]) -> tuple[dict[str, str], str, str]:
-    """The messages of a formatted row by role, the prompt in that of the user, and the audio path."""
-    contents = {message["role"]: message["content"] for message in row.get("messages", [])}
-    match = SPEECH.fullmatch(contents.get("user", ""))
-    if match is None:
-        raise UserError(f"{row.get('key')}: no user message with <|startofspeech|>!PATH<|endofspeech|>; see stage 0")
-    return contents, match[1], match[2]
-
-
-class PartFile:
-    """Finished rows of an unfinished output, appended as they come; a torn last line is cut off on opening."""
-
-    def __init__(self, path: Path, fingerprint: str):
-        header = (json.dumps({"fingerprint": fingerprint}) + "\n").encode()
-        old = path.read_bytes() if path.is_file() else b""
-        whole = old[: old.rfind(b"\n") + 1] if old.startswith(header) else header
-        self.rows = {row["key"]: row for row in map(json.loads, whole.splitlines()[1:])}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "wb")  # noqa: SIM115 -- closed by close()
-        self.file.write(whole)
-
-    def append(self, row: dict[str, Any]) -> None:
-        self.rows[row["key"]] = row
-        self.file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def transcript(row: dict[str, Any], hypothesis: str, settings: dict[str, Any]) -> dict[str, Any]:
+def transcript(row: dict[str, Any], hypothesis: str, model: str, test_set: str) -> dict[str, Any]:
     """One row of the output for a formatted row and what the model heard."""
-    contents, _, path = parse_row(row)
+    said = parse_row(row)
     return {
-        "key": row["key"], "hyp": hypothesis, "ref": contents.get("assistant", ""),
-        "seconds": row["speech_length"] / 100, "model": settings["model"], "test_set": settings["test_set"],
-        "condition": row.get("channel"), "speaker": row.get("speaker"), "call": row.get("call"),
-        "corpus": row.get("corpus"), "audio": path,
+        "key": row["key"], "hyp": hypothesis, "ref": said.get("assistant", ""),
+        "seconds": row["speech_length"] / 100, "model": model, "test_set": test_set,
+        "condition": row.get("channel"), **{name: row.get(name) for name in ("speaker", "call", "corpus")},
+        "audio": said["audio"],
     }
 
 
-def decode_test_set(
-    recogniser: Recogniser, rows: list[dict[str, Any]], output: Path, settings: dict[str, Any], fingerprint: str
-) -> None:
-    """Decode one test set with the weights loaded and write transcripts and run record, in this order."""
-    conf, part = settings["conf"], PartFile(output.with_suffix(".part"), fingerprint)
+def is_current(output: Path, record: dict[str, Any]) -> bool:
+    """Whether a transcript is there and was made of the same weights, data and settings.
+
+    If it was not, what there is of it goes, and the record of the run to come is written.
+    """
+    path = output.with_suffix(".run.json")
+    if path.is_file() and json.loads(path.read_text("utf-8"))["fingerprint"] == record["fingerprint"]:
+        return output.is_file()
+    output.unlink(missing_ok=True)
+    output.with_suffix(".part").unlink(missing_ok=True)
+    write_json(path, record)
+    return False
+
+
+def decode_test_set(recogniser: Recogniser, rows: list[dict[str, Any]], output: Path, record: dict[str, Any]) -> None:
+    """Decode one test set with the weights loaded, going on from the whole lines of OUTPUT's .part file."""
+    part, conf, halved = output.with_suffix(".part"), record["conf"], recogniser.halved
+    written = part.read_bytes() if part.is_file() else b""
+    whole = written[: written.rfind(b"\n") + 1]
+    done = {row["key"]: row for row in map(json.loads, whole.splitlines())}
     todo = list(batches(rows, conf["batch_size"], conf["batch_seconds"]))
-    for batch in progress(todo, len(todo), f"{settings['model']} {settings['test_set']}, batches"):
-        # A batch is decoded whole even when some of it is there: its padding must be that of an uninterrupted run.
-        if any(row["key"] not in part.rows for row in batch):
+    with open(part, "wb") as file:
+        file.write(whole)
+        for batch in progress(todo, len(todo), f"{record['model']} {record['test_set']}, batches"):
+            # Decoded whole even when some of it is there: its padding must be that of an uninterrupted run.
+            if all(row["key"] in done for row in batch):
+                continue
             texts = recogniser.transcribe(
                 [utterance(row, recogniser.fs) for row in batch], conf["max_new_tokens"], conf["max_tokens_per_second"])
             for row, text in zip(batch, texts, strict=True):
-                part.append(transcript(row, text, settings))
-    part.close()
-    write_jsonl(output, (part.rows[row["key"]] for row in rows))
-    write_json(output.with_suffix(".run.json"), {
-        "fingerprint": fingerprint, **settings, "device": recogniser.device, "dtype": recogniser.dtype,
-        "utterances": len(rows), "command": shlex.join(["python", *sys.argv]),
-    })
-    output.with_suffix(".part").unlink()
+                done[row["key"]] = transcript(row, text, record["model"], record["test_set"])
+                file.write((json.dumps(done[row["key"]], ensure_ascii=False) + "\n").encode())
+            file.flush()
+    write_json(output.with_suffix(".run.json"), record | {"batches_halved": recogniser.halved - halved})
+    write_jsonl(output, (done[row["key"]] for row in rows))
+    part.unlink()
     logging.info("%s: %d utterances", output, len(rows))
-
-
-def is_current(output: Path, fingerprint: str) -> bool:
-    """Whether a transcript is there and was made of the same weights, data and settings."""
-    record = output.with_suffix(".run.json")
-    return output.is_file() and record.is_file() and json.loads(record.read_text("utf-8"))["fingerprint"] == fingerprint
 
 
 def named(pairs: list[str], what: str) -> dict[str, str]:
@@ -157,23 +146,25 @@ def main() -> None:
             raise UserError(f"--checkpoint {model}: {path} does not exist; run the stage that writes it", code=2)
     sets = {name: read_test_set(path) for name, path in test_sets.items()}
     for model, path in checkpoints.items():
-        checkpoint_hash, loaded = file_hash(path), False
+        weights, loaded = file_hash(path), False
         for test_set, rows in sets.items():
-            settings = {
-                "model": model, "test_set": test_set, "checkpoint": path, "checkpoint_hash": checkpoint_hash,
-                "data_hash": file_hash(test_sets[test_set]), "frontend_fs": args.frontend_fs, "conf": conf,
+            record = {
+                "model": model, "test_set": test_set, "checkpoint_hash": weights, "frontend_fs": args.frontend_fs,
+                "conf": conf, "data_hash": file_hash(test_sets[test_set]),
                 "config_hash": file_hash(model_dir / "config.yaml"),
             }
-            fingerprint = hashlib.sha256(json.dumps({**settings, "checkpoint": ""}).encode()).hexdigest()[:16]
+            fingerprint = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:16]
+            record |= {"fingerprint": fingerprint, "checkpoint": path, "utterances": len(rows),
+                       "command": shlex.join(["python", *sys.argv])}
             output = Path(args.output_dir) / f"{model}.{test_set}.jsonl"
-            if is_current(output, fingerprint):
+            if is_current(output, record):
                 logging.info("%s: up to date, %d utterances", output, len(rows))
                 continue
             recogniser = recogniser or Recogniser(args.model_dir, conf["device"], conf["dtype"], args.frontend_fs)
             if not loaded:
                 recogniser.load(path)
                 loaded = True
-            decode_test_set(recogniser, rows, output, settings, fingerprint)
+            decode_test_set(recogniser, rows, output, record)
 
 
 if __name__ == "__main__":

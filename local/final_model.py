@@ -76,14 +76,6 @@ def get_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def mix(args: argparse.Namespace) -> None:
-    if not 0.0 <= args.alpha <= 1.0:
-        raise UserError(f"--alpha {args.alpha} is outside 0 to 1", code=2)
-    state = weights.interpolate(weights.load_folded(args.base), weights.load_folded(args.adapted), args.alpha)
-    weights.save_atomically({"state_dict": state, "lora": None}, args.output)
-    logging.info("wrote %s", args.output)
-
-
 def named_files(paths: dict[str, Any]) -> set[str]:
     """The files and folders that configuration.json names, at any depth."""
     return set().union(*(named_files(path) if isinstance(path, dict) else {path} for path in paths.values()))
@@ -191,10 +183,14 @@ def export(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = get_args()
-    if args.command == "mix":
-        mix(args)
-    else:
+    if args.command == "export":
         export(args)
+        return
+    if not 0.0 <= args.alpha <= 1.0:
+        raise UserError(f"--alpha {args.alpha} is outside 0 to 1", code=2)
+    state = weights.interpolate(weights.load_folded(args.base), weights.load_folded(args.adapted), args.alpha)
+    weights.save_atomically({"state_dict": state, "lora": None}, args.output)
+    logging.info("wrote %s", args.output)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,14 @@ Alignments are jiwer's, intervals scipy's. Every function takes normalised text 
 
 from __future__ import annotations
 
-import dataclasses
+import bisect
 import os
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jiwer
 import numpy as np
@@ -63,9 +63,8 @@ def words(text: str) -> list[str]:
     return WORD.findall(text)
 
 
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """Edit operations per utterance, as arrays of one length, and how often each (reference, hypothesis) occurs."""
+class Counts(NamedTuple):
+    """Edit operations and reference length per utterance, and how often each (reference, hypothesis) was confused."""
 
     substitutions: np.ndarray
     deletions: np.ndarray
@@ -80,32 +79,26 @@ class Counts:
 
 def count(references: Sequence[str], hypotheses: Sequence[str], unit: str = "character") -> Counts:
     """Align normalised texts with jiwer by "character" or "word" and count per utterance."""
-    split = (lambda text: list(characters(text))) if unit == "character" else words
-    # jiwer splits at spaces, so characters go in as words of one character.
-    output = jiwer.process_words(
-        [" ".join(split(text)) for text in references], [" ".join(split(text)) for text in hypotheses]
-    )
-    table = np.zeros((len(references), 4), dtype=np.int64)
-    confusions: Counter = Counter()
-    for row in range(len(references)):
-        table[row, 3] = len(output.references[row])
-        for kind, old, new in _chunks(output, row):
+    table, confusions = np.zeros((len(references), 4), dtype=np.int64), Counter()
+    for row, chunks in enumerate(align(references, hypotheses, unit)):
+        for kind, old, new in chunks:
+            table[row, 3] += len(old)
             if kind != "equal":
                 table[row, ("substitute", "delete", "insert").index(kind)] += max(len(old), len(new))
                 confusions.update(zip(old or [""] * len(new), new or [""] * len(old), strict=True))
     return Counts(*table.T, confusions)
 
 
-def align(reference: str, hypothesis: str) -> list[tuple[str, str, str]]:
-    """Align two normalised texts by character: (equal, substitute, delete or insert; reference; hypothesis)."""
-    output = jiwer.process_words(" ".join(characters(reference)), " ".join(characters(hypothesis)))
-    return [(kind, "".join(old), "".join(new)) for kind, old, new in _chunks(output, 0)]
-
-
-def _chunks(output: jiwer.WordOutput, row: int) -> Iterator[tuple[str, list[str], list[str]]]:
-    for chunk in output.alignments[row]:
-        old = output.references[row][chunk.ref_start_idx : chunk.ref_end_idx]
-        yield chunk.type, old, output.hypotheses[row][chunk.hyp_start_idx : chunk.hyp_end_idx]
+def align(
+    references: Sequence[str], hypotheses: Sequence[str], unit: str = "character"
+) -> Iterator[list[tuple[str, list[str], list[str]]]]:
+    """Per pair of texts, the chunks (equal, substitute, delete or insert; units of reference; of hypothesis)."""
+    split = words if unit == "word" else characters
+    # jiwer splits at spaces, so characters go in as words of one character.
+    output = jiwer.process_words(*([" ".join(split(text)) for text in side] for side in (references, hypotheses)))
+    for old, new, chunks in zip(output.references, output.hypotheses, output.alignments, strict=True):
+        yield [(chunk.type, old[chunk.ref_start_idx : chunk.ref_end_idx], new[chunk.hyp_start_idx : chunk.hyp_end_idx])
+               for chunk in chunks]
 
 
 def rate(errors: np.ndarray, lengths: np.ndarray) -> float | None:
@@ -147,9 +140,7 @@ def bootstrap(
 ) -> tuple[float | None, float | None]:
     """95 % interval of sum(errors) / sum(lengths), resampling whole clusters. (None, None) for less than two."""
     result = _resample(clusters, errors, lengths, resamples, seed)
-    if result is None:
-        return None, None
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+    return tuple(map(float, result.confidence_interval)) if result else (None, None)
 
 
 def paired_p_value(
@@ -160,8 +151,8 @@ def paired_p_value(
     result = _resample(clusters, errors - base_errors, lengths, resamples, seed)
     if result is None:
         return None
-    tail = min(np.sum(result.bootstrap_distribution <= 0), np.sum(result.bootstrap_distribution >= 0))
-    return float(min(1.0, 2 * (tail + 1) / (resamples + 1)))
+    drawn = result.bootstrap_distribution
+    return float(min(1.0, 2 * (min(np.sum(drawn <= 0), np.sum(drawn >= 0)) + 1) / (resamples + 1)))
 
 
 def _resample(clusters: Sequence[str], values: np.ndarray, lengths: np.ndarray, resamples: int, seed: int):
@@ -198,15 +189,14 @@ def conditions(row: dict[str, Any]) -> dict[str, str]:
             values[name] = channel.get(hop, {}).get("codec", "none")
         values["snr"] = channel.get("noise", {}).get("snr_db", "no noise")
         values["loss"] = channel.get("packet_loss", {}).get("percent", 0.0)
-    return {
-        name: _interval(value, *EDGES[name]) if name in EDGES and value != "no noise" else str(value)
-        for name, value in values.items() if value is not None
-    }
+    return {name: _interval(name, value) for name, value in values.items() if value is not None}
 
 
-def _interval(value: float, unit: str, edges: tuple[float, ...]) -> str:
-    above = [edge for edge in edges if value >= edge]
-    below = [edge for edge in edges if value < edge]
-    if above and below:
-        return f"{above[-1]:g} to {below[0]:g} {unit}"
-    return f"under {below[0]:g} {unit}" if below else f"{above[-1]:g} {unit} and more"
+def _interval(name: str, value: Any) -> str:
+    if name not in EDGES or value == "no noise":
+        return str(value)
+    unit, edges = EDGES[name]
+    place = bisect.bisect(edges, value)
+    if 0 < place < len(edges):
+        return f"{edges[place - 1]:g} to {edges[place]:g} {unit}"
+    return f"{edges[-1]:g} {unit} and more" if place else f"under {edges[0]:g} {unit}"

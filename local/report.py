@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import base64
 import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -22,6 +23,7 @@ import soundfile
 import audio
 import metrics
 from common import UserError, atomic_write, read_jsonl, run
+from nano.train_log import read_log
 
 SETS = {"real_test": "recorded calls", "simulated_test": "simulated calls", "wideband_test": "wideband speech",
         "no_speech": "no speech"}
@@ -32,8 +34,6 @@ AUDIO_SECONDS = 20.0  # of a recording that go into the file
 CONDITIONS = {"codec": "codec", "second codec": "second codec", "recorder": "recorder's codec",
               "snr": "signal-to-noise ratio", "loss": "packet loss", "duration": "length of the utterance",
               "corpus": "corpus", "speaker": "speaker, the five with most errors"}
-# The line that funasr/train_utils/trainer_ds.py logs.
-LOG_LINE = re.compile(r"\b(train|val), rank: 0, .*?total step: (\d+), .*?\(loss_avg_slice: ([\d.]+)\)")
 
 
 def get_args() -> argparse.Namespace:
@@ -62,11 +62,8 @@ def compare(title: str, pair: tuple, name: str, allowed: float, note: str) -> di
     """One figure of base and final for the headline; `state` judges its rise."""
     base, final = pair[0][name], pair[1][name]
     state = "good" if final <= base else "fair" if final - base <= allowed else "bad"
-    if name == "chars_per_minute":
-        shown = {"base": f"{base:.1f}", "final": f"{final:.1f}", "unit": "chars/min"}
-    else:
-        shown = {"base": percent(base), "final": percent(final), "unit": "%"}
-    return {"title": title, "state": state, "note": note, **shown}
+    unit, show = ("chars/min", "{:.1f}".format) if name == "chars_per_minute" else ("%", percent)
+    return {"title": title, "state": state, "note": note, "base": show(base), "final": show(final), "unit": unit}
 
 
 def judge(summary: list[dict[str, Any]], max_wideband_loss: float) -> dict[str, Any]:
@@ -82,17 +79,16 @@ def judge(summary: list[dict[str, Any]], max_wideband_loss: float) -> dict[str, 
     p_value = "unknown" if final["p_value"] is None else f"{final['p_value']:.3f}"
     interval = f"95 % interval {percent(final['cer_low'])} to {percent(final['cer_high'])}, p = {p_value}"
     cards = [compare(f"CER, {SETS[calls]}", pairs[calls], "cer", 0, f"{interval}; {final['utterances']} utterances")]
+    notes = []
     if final["kwer"] is not None:
         note = f"of {final['keyword_occurrences']} spoken; precision {percent(final['keyword_precision'])} %"
         cards.append(compare(f"Keywords missed, {SETS[calls]}", pairs[calls], "kwer", 0, note))
-    if "wideband_test" in pairs:
-        change = 100 * (pairs["wideband_test"][1]["cer"] - pairs["wideband_test"][0]["cer"])
+    if wideband := pairs.get("wideband_test"):
+        change = 100 * (wideband[1]["cer"] - wideband[0]["cer"])
         note = f"what was forgotten: {change:+.2f} points; {100 * max_wideband_loss:.2f} are allowed"
-        cards.append(compare("CER, wideband speech", pairs["wideband_test"], "cer", max_wideband_loss, note))
-    notes = []
-    if "no_speech" in pairs:
+        cards.append(compare("CER, wideband speech", wideband, "cer", max_wideband_loss, note))
+    if silence := pairs.get("no_speech"):
         note = "on hum, ringing, music: all of it made up"
-        silence = pairs["no_speech"]
         cards.append(compare("Written where nobody speaks", silence, "chars_per_minute", MAX_SILENCE_GAIN, note))
         if silence[1]["chars_per_minute"] > MAX_SILENCE:
             notes.append("where nobody speaks it still writes: let it hear speech only, cut as make transcribe does")
@@ -107,29 +103,63 @@ def judge(summary: list[dict[str, Any]], max_wideband_loss: float) -> dict[str, 
             "cards": cards}
 
 
-def losses(log: str) -> dict[str, list[tuple[int, float]]]:
-    """(step, loss) of training and validation out of a train.log; a validation's last line counts."""
-    curves: dict[str, dict[int, float]] = {"train": {}, "val": {}}
-    for kind, step, loss in LOG_LINE.findall(log):
-        curves[kind][int(step)] = float(loss)
-    return {kind: sorted(points.items()) for kind, points in curves.items()}
-
-
 def stages(exp_output: Path, missing: list[str]) -> list[dict[str, Any]]:
-    """What each training stage recorded: run.json, parameters.json, loss curves."""
+    """What each training stage recorded: run.json, parameters.json, losses of train.log."""
     found = []
     for record in sorted(exp_output.glob("exp/*/*[a-z]/run.json")):  # a folder moved aside ends in its time
-        folder, log = record.parent, record.with_name("train.log")
+        log = record.with_name("train.log")
         if not log.is_file():
             missing.append(str(log))
+        losses: dict[str, dict[int, float]] = {"train": {}, "val": {}}
+        for step in read_log(log):  # of a validation's lines, and of a step that was done twice, the last counts
+            losses[step["tag"]][step["total_step"]] = step["loss"]
+        curves = {tag: sorted(points.items()) for tag, points in losses.items()}
         found.append({
-            "name": folder.name, "run": read_json(record, missing, {}),
-            "curves": losses(log.read_text("utf-8", errors="replace") if log.is_file() else ""),
-            "parameters": read_json(folder / "parameters.json", missing, {}),
+            "name": record.parent.name, "run": read_json(record, missing, {}),
+            "parameters": read_json(record.with_name("parameters.json"), missing, {}),
+            "losses": curves, "chart": loss_curve(curves),
         })
     if not found:
         missing.append(f"{exp_output}/exp/*/*/run.json")
     return found
+
+
+def loss_curve(curves: dict[str, list[tuple[int, float]]]) -> str:
+    """Losses by step as an SVG data URI."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    # The same numbers give the same bytes; letters stay letters, in the reader's font.
+    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
+        figure, axes = pyplot.subplots(figsize=(4.6, 3.0))
+        for name, points in curves.items():
+            axes.plot([step for step, _ in points], [loss for _, loss in points], label=name)
+        axes.set(xlabel="step", ylabel="loss (mean of the epoch so far)")
+        axes.legend()
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+        pyplot.close(figure)
+    return data_uri("image/svg+xml", buffer)
+
+
+def data_uri(kind: str, buffer: io.BytesIO) -> str:
+    return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def embed(path: str | None, missing: list[str]) -> str | None:
+    """The start of a recording as an MP3 data URI, which every browser plays."""
+    if path is None:
+        return None
+    try:
+        samples, rate = audio.read(path)
+    except audio.AudioError as error:
+        missing.append(str(error))
+        return None
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples[: int(AUDIO_SECONDS * rate)], rate, format="MP3")
+    return data_uri("audio/mpeg", buffer)
 
 
 def data_counts(exp_output: Path, missing: list[str]) -> list[dict[str, Any]]:
@@ -155,94 +185,36 @@ def commands(exp_output: Path) -> list[str]:
     return list(dict.fromkeys(line[2:].strip() for line in lines if line.startswith("# bash ")))
 
 
-def transcripts(exp_output: Path, test_set: str, model: str) -> dict[str, dict[str, Any]]:
-    path = exp_output / "eval" / "transcripts" / f"{model}.{test_set}.jsonl"
-    return {row["key"]: row for row in read_jsonl(path)} if path.is_file() else {}
-
-
-def worst(exp_output: Path, missing: list[str], with_audio: bool) -> list[dict[str, Any]]:
-    """The twenty utterances of calls with most errors of the final model, aligned with their reference."""
-    found = []
-    for test_set in TELEPHONE:
-        base = transcripts(exp_output, test_set, "base")
-        for key, row in transcripts(exp_output, test_set, "final").items():
-            chunks = metrics.align(metrics.normalise(row["ref"]), metrics.normalise(row["hyp"]))
-            found.append({
-                "key": key, "row": row, "chunks": chunks, "base": base.get(key, {}).get("hyp"),
-                "errors": sum(max(len(old), len(new)) for kind, old, new in chunks if kind != "equal"),
-                "length": sum(len(old) for _, old, _ in chunks), "conditions": metrics.conditions(row),
-            })
-    found = sorted((item for item in found if item["errors"]), key=lambda item: (-item["errors"], item["key"]))[:20]
-    for item in found:
-        item["audio"] = embed(item["row"].get("audio"), missing) if with_audio else None
-    return found
-
-
-def gallery(exp_output: Path, missing: list[str]) -> list[dict[str, Any]]:
+def gallery(simulated: dict[str, dict], wideband: dict[str, dict], missing: list[str]) -> list[dict[str, Any]]:
     """One simulated call per kind of line, beside the wideband recording it was made of."""
-    wideband, shown = transcripts(exp_output, "wideband_test", "final"), {}
-    for key, row in transcripts(exp_output, "simulated_test", "final").items():
-        codec = metrics.conditions(row).get("codec")
-        if codec and codec not in shown:
+    shown: dict[str, dict[str, Any]] = {}
+    for key, row in simulated.items():
+        conditions = metrics.conditions(row)
+        if (codec := conditions.get("codec")) and codec not in shown:
             shown[codec] = {
-                "codec": codec, "conditions": metrics.conditions(row), "ref": row["ref"],
-                "telephone": embed(row["audio"], missing),
+                "codec": codec, "conditions": conditions, "ref": row["ref"], "telephone": embed(row["audio"], missing),
                 "wideband": embed(wideband.get(key, {}).get("audio"), missing),
             }
     return list(shown.values())
 
 
-def embed(path: str | None, missing: list[str]) -> str | None:
-    """The start of a recording as an MP3 data URI, which every browser plays."""
-    if path is None:
-        return None
-    try:
-        samples, rate = audio.read(path)
-    except audio.AudioError as error:
-        missing.append(str(error))
-        return None
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples[: int(AUDIO_SECONDS * rate)], rate, format="MP3")
-    return "data:audio/mpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def condition_groups(details: dict[str, Any]) -> list[dict[str, Any]]:
-    """CER of base and final on calls, by condition, in the order of a condition's values."""
-    def order(row: dict[str, Any]) -> tuple:
-        number = re.search(r"[\d.]+", row["value"])
-        return not row["value"].startswith("under"), float(number[0]) if number else 1e9, row["value"], row["model"]
+def condition_groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """CER of base and final on calls, by condition, in the order of a condition's values; speakers worst first."""
+    def order(value: str) -> tuple:
+        number = re.search(r"[\d.]+", value)
+        return not value.startswith("under"), float(number[0]) if number else 1e9, value
 
     groups = []
-    for test_set in TELEPHONE:
-        for condition, title in CONDITIONS.items():
-            rows = [row for row in details.get("conditions", []) if row["model"] in ("base", "final")
-                    and row["test_set"] == test_set and row["condition"] == condition and row["cer"] is not None]
-            final = sorted((row for row in rows if row["model"] == "final"), key=lambda row: -row["cer"])
-            shown = {row["value"] for row in final[: 5 if condition == "speaker" else None]}
-            if len(shown) > 1:
-                rows = sorted((row for row in rows if row["value"] in shown), key=order)
-                groups.append({"title": f"{SETS[test_set]} by {title}", "rows": rows})
+    for test_set, (condition, title) in itertools.product(TELEPHONE, CONDITIONS.items()):
+        group = [row for row in rows if row["model"] in ("base", "final") and row["cer"] is not None
+                 and row["test_set"] == test_set and row["condition"] == condition]
+        worst_first = sorted((row for row in group if row["model"] == "final"), key=lambda row: -row["cer"])
+        values = [row["value"] for row in worst_first]
+        values = values[:5] if condition == "speaker" else sorted(values, key=order)
+        if len(values) > 1:
+            rows_shown = [row for value in values for row in group if row["value"] == value]
+            groups.append({"title": f"{SETS[test_set]} by {title}", "rows": rows_shown})
     return groups
-
-
-def loss_curve(curves: dict[str, list[tuple[int, float]]]) -> str:
-    """Losses by step as an SVG data URI."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    # The same numbers give the same bytes; letters stay letters, in the reader's font.
-    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
-        figure, axes = pyplot.subplots(figsize=(4.6, 3.0))
-        for name, points in curves.items():
-            axes.plot([step for step, _ in points], [loss for _, loss in points], label=name)
-        axes.set(xlabel="step", ylabel="loss (mean of the epoch so far)")
-        axes.legend()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-        pyplot.close(figure)
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def gather(exp_output: Path, with_audio: bool) -> dict[str, Any]:
@@ -250,23 +222,27 @@ def gather(exp_output: Path, with_audio: bool) -> dict[str, Any]:
     missing: list[str] = []
     evaluation = exp_output / "eval"
     summary = read_json(evaluation / "summary.json", missing, [])
-    details = read_json(evaluation / "details.json", missing, {})
+    details = read_json(evaluation / "details.json", missing, {"conditions": []})
     choice = read_json(evaluation / "interpolation.json", missing, None)
-    found = stages(exp_output, missing)
-    decoding = [json.loads(path.read_text("utf-8")) for path in sorted(evaluation.glob("transcripts/*.run.json"))]
-    final = [row for row in details.get("keywords", []) if row["model"] == "final" and row["test_set"] in TELEPHONE]
-    final.sort(key=lambda row: (row["reference"] == 0, row["keyword_recall"], -row["reference"]))
+    paths = {test_set: evaluation / "transcripts" / f"base.{test_set}.jsonl" for test_set in SETS}
+    base = {test_set: {row["key"]: row for row in read_jsonl(path)} if path.is_file() else {}
+            for test_set, path in paths.items()}
+    calls = {table: [row for row in rows if row["model"] == "final" and row["test_set"] in TELEPHONE]
+             for table, rows in details.items()}
+    worst = sorted(calls.get("worst", []), key=lambda row: (-row["errors"], row["key"]))[:20]
+    for row in worst:
+        row["base"] = base[row["test_set"]].get(row["key"], {}).get("hyp")
+        row["audio"] = embed(row["audio"], missing) if with_audio else None
+    keywords = sorted(calls.get("keywords", []),
+                      key=lambda row: (row["reference"] == 0, row["keyword_recall"], -row["reference"]))
     return {
-        "exp_output": exp_output, "summary": summary, "choice": choice, "stages": found, "decoding": decoding,
+        "exp_output": exp_output, "summary": summary, "choice": choice, "sets": SETS, "with_audio": with_audio,
         "verdict": judge(summary, choice["max_wideband_loss"] if choice else 0.01),
-        "sets": SETS, "keywords": final[:40],
-        "confusions": [row for row in details.get("confusions", [])
-                       if row["model"] == "final" and row["test_set"] in TELEPHONE][:20],
-        "data": data_counts(exp_output, missing), "worst": worst(exp_output, missing, with_audio),
-        "gallery": gallery(exp_output, missing) if with_audio else [], "with_audio": with_audio,
-        "commands": commands(exp_output), "missing": missing,
-        "charts": [{"title": f"Loss, {stage['name']}", "uri": loss_curve(stage["curves"])} for stage in found],
-        "condition_groups": condition_groups(details),
+        "condition_groups": condition_groups(details["conditions"]), "worst": worst, "keywords": keywords[:40],
+        "confusions": calls.get("confusions", [])[:20], "stages": stages(exp_output, missing),
+        "gallery": gallery(base["simulated_test"], base["wideband_test"], missing) if with_audio else [],
+        "data": data_counts(exp_output, missing), "commands": commands(exp_output), "missing": missing,
+        "decoding": [json.loads(path.read_text("utf-8")) for path in sorted(evaluation.glob("transcripts/*.run.json"))],
     }
 
 

@@ -4,14 +4,15 @@
     python local/score.py --transcripts eval/dev --output eval/dev_summary.json --choose eval/interpolation.json
 
 Writes the summary (one row per model and test set) and beside it details.json: error rates by codec, SNR, packet
-loss, duration, speaker and corpus, every keyword, and the most frequent confusions. Rates are fractions. With
---choose it also picks, among models named alpha_0.25, alpha_0.50 ..., the best mix of base and adapted model.
+loss, duration, speaker and corpus, every keyword, the most frequent confusions, the worst utterances. Rates are
+fractions. With --choose it also picks, among models named alpha_0.25, alpha_0.50 ..., the best mix with the base.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,22 +41,22 @@ def get_args() -> argparse.Namespace:
 class Scored:
     """One model's transcripts of one test set, normalised and counted."""
 
-    def __init__(self, rows: list[dict[str, Any]], keywords: dict, chinese_numerals: bool):
-        self.rows = rows
+    def __init__(self, rows: list[dict[str, Any]], keywords: dict[str, re.Pattern], chinese_numerals: bool):
+        self.rows, self.keywords = rows, list(keywords)
         self.model, self.test_set = rows[0]["model"], rows[0]["test_set"]
         self.references = [metrics.normalise(row["ref"], chinese_numerals) for row in rows]
         self.hypotheses = [metrics.normalise(row["hyp"], chinese_numerals) for row in rows]
-        self.characters = metrics.count(self.references, self.hypotheses, "character")
-        self.words = metrics.count(self.references, self.hypotheses, "word")
+        self.characters = metrics.count(self.references, self.hypotheses)
         self.wanted = metrics.keyword_counts(self.references, keywords)
         self.heard = metrics.keyword_counts(self.hypotheses, keywords)
         self.found = np.minimum(self.wanted, self.heard)
         # Utterances of one call share line and speaker; without either, an utterance stands for itself.
-        self.clusters = [str(row.get("call") or row.get("speaker") or row["key"]) for row in rows]
+        self.clusters = np.array([str(row.get("call") or row.get("speaker") or row["key"]) for row in rows])
 
     def summary(self, base: Scored | None, resamples: int) -> dict[str, Any]:
         """The row of summary.json. `base` gives the paired p-value; None leaves it out."""
         counts, wanted, found = self.characters, self.wanted.sum(axis=1), self.found.sum(axis=1)
+        words = metrics.count(self.references, self.hypotheses, "word")
         low, high = metrics.bootstrap(self.clusters, counts.errors, counts.lengths, resamples)
         kwer_low, kwer_high = metrics.bootstrap(self.clusters, wanted - found, wanted, resamples)
         written = np.array([len(metrics.characters(text)) for text in self.hypotheses])
@@ -68,42 +69,52 @@ class Scored:
         return {
             "model": self.model, "test_set": self.test_set, "utterances": len(self.rows),
             "cer": metrics.rate(counts.errors, counts.lengths), "cer_low": low, "cer_high": high,
-            "wer": metrics.rate(self.words.errors, self.words.lengths),
-            "kwer": metrics.rate(wanted - found, wanted),
+            "wer": metrics.rate(words.errors, words.lengths), "kwer": metrics.rate(wanted - found, wanted),
             "chars_per_minute": float(written.sum() / minutes) if minutes and not counts.lengths.any() else None,
             "p_value": p_value, "kwer_low": kwer_low, "kwer_high": kwer_high, **_f_score(wanted, found, self.heard),
             "keyword_occurrences": int(wanted.sum()), "characters": int(counts.lengths.sum()),
-            "substitutions": int(counts.substitutions.sum()), "deletions": int(counts.deletions.sum()),
-            "insertions": int(counts.insertions.sum()),
+            **{name: int(getattr(counts, name).sum()) for name in ("substitutions", "deletions", "insertions")},
             "loops": sum(map(metrics.has_loop, self.references, self.hypotheses)),
             "empties": int(np.sum((written == 0) & (counts.lengths > 0))),
         }
 
-    def breakdown(self) -> Iterator[dict[str, Any]]:
-        """CER per value of every condition that is known of the utterances."""
-        members: dict[tuple[str, str], list[int]] = {}
+    def details(self) -> dict[str, list[dict[str, Any]]]:
+        """Its rows of details.json: CER by condition, every keyword that occurs, confusions, worst utterances."""
+        groups: dict[tuple[str, str], list[int]] = {}
         for index, row in enumerate(self.rows):
             for item in metrics.conditions(row).items():
-                members.setdefault(item, []).append(index)
-        for (name, value), indices in members.items():
-            errors, lengths = self.characters.errors[indices], self.characters.lengths[indices]
-            low, high = metrics.bootstrap([self.clusters[i] for i in indices], errors, lengths, 1000)
-            yield {
-                "model": self.model, "test_set": self.test_set, "condition": name, "value": value,
-                "utterances": len(indices), "characters": int(lengths.sum()), "cer": metrics.rate(errors, lengths),
-                "cer_low": low, "cer_high": high,
-            }
-
-    def keyword_table(self, keywords: dict) -> Iterator[dict[str, Any]]:
-        """Recall, precision and F1 of every keyword that occurs."""
-        for column, keyword in enumerate(keywords):
-            wanted, heard = self.wanted[:, column], self.heard[:, column]
+                groups.setdefault(item, []).append(index)
+        tables: dict[str, list[dict[str, Any]]] = {
+            "conditions": [], "keywords": [],
+            "confusions": [{"reference": old, "hypothesis": new, "count": count}
+                           for (old, new), count in self.characters.confusions.most_common(30)],
+            "worst": [self.utterance(index) for index in np.argsort(-self.characters.errors, kind="stable")[:20]
+                      if self.characters.errors[index]],
+        }
+        for (name, value), members in groups.items():
+            errors, lengths = self.characters.errors[members], self.characters.lengths[members]
+            low, high = metrics.bootstrap(self.clusters[members], errors, lengths, 1000)
+            tables["conditions"].append({
+                "condition": name, "value": value, "utterances": len(members), "characters": int(lengths.sum()),
+                "cer": metrics.rate(errors, lengths), "cer_low": low, "cer_high": high,
+            })
+        for name, wanted, heard, found in zip(self.keywords, self.wanted.T, self.heard.T, self.found.T, strict=True):
             if wanted.sum() + heard.sum():
-                yield {
-                    "model": self.model, "test_set": self.test_set, "keyword": keyword,
-                    "reference": int(wanted.sum()), "hypothesis": int(heard.sum()),
-                    "found": int(self.found[:, column].sum()), **_f_score(wanted, self.found[:, column], heard),
-                }
+                tables["keywords"].append({
+                    "keyword": name, "reference": int(wanted.sum()), "hypothesis": int(heard.sum()),
+                    "found": int(found.sum()), **_f_score(wanted, found, heard),
+                })
+        return {table: [{"model": self.model, "test_set": self.test_set, **row} for row in rows]
+                for table, rows in tables.items()}
+
+    def utterance(self, index: int) -> dict[str, Any]:
+        """One utterance with its errors, aligned: chunks of (kind, of the reference, of the hypothesis)."""
+        row, (chunks,) = self.rows[index], metrics.align([self.references[index]], [self.hypotheses[index]])
+        return {
+            **{name: row.get(name) for name in ("key", "ref", "hyp", "audio")}, "conditions": metrics.conditions(row),
+            "errors": int(self.characters.errors[index]), "characters": int(self.characters.lengths[index]),
+            "chunks": [(kind, "".join(old), "".join(new)) for kind, old, new in chunks],
+        }
 
 
 def _f_score(wanted: np.ndarray, found: np.ndarray, heard: np.ndarray) -> dict[str, float | None]:
@@ -131,8 +142,7 @@ def pooled_cer(rows: list[dict[str, Any]], model: str, *test_sets: str) -> float
     """CER of a model over several test sets at once, weighted by their characters; None without characters."""
     rows = [row for row in rows if row["model"] == model and row["test_set"] in test_sets]
     total = sum(row["characters"] for row in rows)
-    errors = sum(row["substitutions"] + row["deletions"] + row["insertions"] for row in rows)
-    return errors / total if total else None
+    return sum(row["substitutions"] + row["deletions"] + row["insertions"] for row in rows) / total if total else None
 
 
 def choose_alpha(rows: list[dict[str, Any]], max_wideband_loss: float) -> dict[str, Any]:
@@ -141,15 +151,11 @@ def choose_alpha(rows: list[dict[str, Any]], max_wideband_loss: float) -> dict[s
     When every alpha loses more, the one that loses least. Returns the choice, the reason, and the whole curve.
     """
     base = pooled_cer(rows, "base", "wideband_dev")
-    curve = [
-        {
-            "model": name, "alpha": float(name.removeprefix("alpha_")),
-            "telephone_cer": pooled_cer(rows, name, "simulated_dev", "real_dev"),
-            "wideband_cer": pooled_cer(rows, name, "wideband_dev"),
-        }
-        for name in {row["model"] for row in rows} if name.startswith("alpha_")
-    ]
-    curve.sort(key=lambda point: point["alpha"])
+    curve = [{
+        "model": name, "alpha": float(name.removeprefix("alpha_")),
+        "telephone_cer": pooled_cer(rows, name, "simulated_dev", "real_dev"),
+        "wideband_cer": pooled_cer(rows, name, "wideband_dev"),
+    } for name in sorted({row["model"] for row in rows}) if name.startswith("alpha_")]
     if base is None or not curve or any(None in point.values() for point in curve):
         raise UserError("--choose needs wideband_dev, and simulated_dev or real_dev, of base and of models alpha_*")
     if allowed := [point for point in curve if point["wideband_cer"] <= base + max_wideband_loss + 1e-12]:
@@ -158,10 +164,8 @@ def choose_alpha(rows: list[dict[str, Any]], max_wideband_loss: float) -> dict[s
     else:
         chosen = min(curve, key=lambda point: point["wideband_cer"])
         reason = f"every alpha loses more than {max_wideband_loss:.2%} wideband CER; this one loses least"
-    return {
-        "alpha": chosen["alpha"], "model": chosen["model"], "reason": reason, "max_wideband_loss": max_wideband_loss,
-        "base_wideband_cer": base, "curve": curve,
-    }
+    return {**chosen, "reason": reason, "max_wideband_loss": max_wideband_loss, "base_wideband_cer": base,
+            "curve": curve}
 
 
 def print_table(summary: list[dict[str, Any]]) -> None:
@@ -193,14 +197,8 @@ def main() -> None:
     # Dev chose the model, so a p-value there would flatter it.
     bases = {one.test_set: one for one in scored if one.model == "base" and not one.test_set.endswith("_dev")}
     summary = [one.summary(bases.get(one.test_set) if one.model != "base" else None, resamples) for one in scored]
-    details = {
-        "conditions": [row for one in scored for row in one.breakdown()],
-        "keywords": [row for one in scored for row in one.keyword_table(keywords)],
-        "confusions": [
-            {"model": one.model, "test_set": one.test_set, "reference": old, "hypothesis": new, "count": count}
-            for one in scored for (old, new), count in one.characters.confusions.most_common(30)
-        ],
-    }
+    tables = [one.details() for one in scored]
+    details = {name: [row for table in tables for row in table[name]] for name in tables[0]}
     write_json(Path(args.output).parent / "details.json", details)
     write_json(args.output, summary)
     print_table(summary)

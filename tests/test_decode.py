@@ -13,9 +13,9 @@ import soundfile
 import torch
 
 from common import UserError, read_jsonl, write_jsonl
-from decode import PartFile, named, utterance
+from decode import named, utterance
 from miniature import build_folder
-from nano.inference import Recogniser, batches
+from nano.inference import Recogniser, batches, read_conf
 
 ROOT = __file__.rsplit("/tests/", 1)[0]
 TEXT = "您好我的退款订单号一二三四五六七八九逾期了吗"
@@ -151,12 +151,50 @@ def test_killed_and_started_again_it_writes_the_same_bytes(model_dir, test_set, 
     assert not part.exists()
 
 
-def test_part_file_of_other_weights_is_not_continued(tmp_path):
-    part = PartFile(tmp_path / "x.part", "old")
-    part.append({"key": "a", "hyp": "旧"})
-    part.close()
-    assert list(PartFile(tmp_path / "x.part", "old").rows) == ["a"]
-    assert list(PartFile(tmp_path / "x.part", "new").rows) == []
+def test_part_file_of_other_weights_is_not_continued(model_dir, test_set, tmp_path):
+    conf = write_conf(tmp_path / "conf.yaml", max_new_tokens=5)
+    output, command = tmp_path / "base.real_test.jsonl", decode_command(model_dir, test_set[0], tmp_path, conf)
+    assert helper(*command).returncode == 0
+    whole = output.read_bytes()
+    record = json.loads(output.with_suffix(".run.json").read_text("utf-8"))
+    old = [row | {"hyp": "旧"} for row in read_jsonl(output)]
+    for fingerprint, heard in ((record["fingerprint"], {"旧"}), ("of other weights", set())):
+        output.unlink()
+        write_jsonl(output.with_suffix(".part"), old)
+        output.with_suffix(".run.json").write_text(json.dumps(record | {"fingerprint": fingerprint}), "utf-8")
+        assert helper(*command).returncode == 0
+        assert {row["hyp"] for row in read_jsonl(output)} & {"旧"} == heard
+    assert output.read_bytes() == whole
+
+
+class SmallMemory:
+    """The LLM's `generate` on a GPU whose memory ends at so many rows."""
+
+    def __init__(self, recogniser, rows):
+        self.generate, self.rows, self.asked = recogniser.auto_model.model.llm.generate, rows, []
+        recogniser.auto_model.model.llm.generate = self
+
+    def __call__(self, inputs_embeds, **options):
+        self.asked.append(len(inputs_embeds))
+        if len(inputs_embeds) > self.rows:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return self.generate(inputs_embeds=inputs_embeds, **options)
+
+
+def test_a_batch_that_does_not_fit_the_gpu_is_decoded_in_halves_and_the_log_says_so(model_dir, test_set, caplog):
+    recogniser = Recogniser(model_dir, "cpu")
+    expected = transcribe(recogniser, test_set[1][:7], 20)
+    memory = SmallMemory(recogniser, 3)
+    assert transcribe(recogniser, test_set[1][:7], 20) == expected
+    assert memory.asked == [7, 3, 3, 1] and recogniser.halved == 1
+    assert "7 utterances at once do not fit the GPU's memory: 3 from here" in caplog.text
+
+
+def test_one_utterance_that_does_not_fit_the_gpu_is_named(model_dir, test_set):
+    recogniser = Recogniser(model_dir, "cpu")
+    SmallMemory(recogniser, 0)
+    with pytest.raises(UserError, match="utt00 alone does not fit"):
+        transcribe(recogniser, test_set[1][:4], 20)
 
 
 def test_unchanged_transcripts_are_kept_and_changed_weights_decoded_again(model_dir, test_set, tmp_path):
@@ -250,3 +288,13 @@ def test_the_mix_is_chosen_on_dev_and_without_p_values(tmp_path):
         assert json.loads((tmp_path / "choice.json").read_text("utf-8"))["alpha"] == alpha
     summary = json.loads((tmp_path / "dev_summary.json").read_text("utf-8"))
     assert all(row["p_value"] is None for row in summary)
+
+
+def test_auto_is_what_it_means_on_this_machine(tmp_path, monkeypatch):
+    names = ("device", "dtype", "batch_size", "batch_seconds")
+    auto = write_conf(tmp_path / "conf.yaml", **dict.fromkeys(names, "auto"))
+    for gpu, meant in ((False, ["cpu", "fp32", 32, 600]), (True, ["cuda", "bf16", 128, 2400])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert [read_conf(auto)[name] for name in names] == meant
+    chosen = write_conf(tmp_path / "conf.yaml", device="cuda", batch_size=7)
+    assert read_conf(chosen)["dtype"] == "bf16" and read_conf(chosen)["batch_size"] == 7

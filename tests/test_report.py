@@ -12,13 +12,14 @@ import torch
 
 from common import write_json, write_jsonl
 from miniature import build_folder
-from report import judge, losses
+from report import judge, stages
 
 ROOT = __file__.rsplit("/tests/", 1)[0]
 TEXTS = ["您好我要退款", "订单号三五七九", "您的账户已经逾期", "好的我同意办理", "请问是本人吗", "还款日是十五号"]
 ERROR_RATES = {"base": 0.45, "stage1": 0.2, "stage2": 0.15, "stage3": 0.12, "final": 0.1}
 STEP = ("{kind}, rank: 0, epoch: 0/2, data_slice: 0/1, step_in_slice: {step}/20, step_in_epoch: {step}, "
-        "total step: {step}, (loss_avg_rank: 1.000), (loss_avg_slice: {loss:.3f}), (ppl_avg_slice: 2.0), (lr: 1e-3)\n")
+        "total step: {step}, (loss_avg_rank: 1.000), (loss_avg_slice: {loss:.3f}), (ppl_avg_slice: 2.0), "
+        "(acc_avg_slice: 0.5), (lr: 1e-3), {{'total_time': '0.5'}}, GPU, memory: usage: 0.0 GB, peak: 0.0 GB\n")
 
 
 def helper(script, *arguments, cwd=ROOT):
@@ -151,9 +152,12 @@ def test_the_verdict_follows_the_scores():
     assert judge(poor, 0.01)["deploy"] and "speech only" in judge(poor, 0.01)["notes"][0]
 
 
-def test_losses_are_read_from_the_trainers_own_log_lines():
+def test_losses_are_read_from_the_trainers_own_log_lines(tmp_path):
     log = STEP.format(kind="train", step=10, loss=2.5) + "noise\n" + STEP.format(kind="val", step=10, loss=2.75) * 2
-    assert losses(log) == {"train": [(10, 2.5)], "val": [(10, 2.75)]}
+    folder = tmp_path / "exp" / "8k_telephone" / "stage1_encoder_adapt"
+    write_json(folder / "run.json", {})
+    (folder / "train.log").write_text(log, "utf-8")
+    assert stages(tmp_path, [])[0]["losses"] == {"train": [(10, 2.5)], "val": [(10, 2.75)]}
 
 
 def test_the_final_model_loads_in_stock_funasr_without_this_repository(experiment, tmp_path):
