@@ -245,7 +245,7 @@ def simulate(args: argparse.Namespace, job: Job) -> None:
     """Send all rows of the input through their channels; write the output and what was rejected."""
     for stale in [*Path(job["audio_dir"]).glob("*/.*.tmp"), *Path(job["parts"]).glob(".*.tmp")]:
         stale.unlink(missing_ok=True)  # what a killed run left half-written
-    size = min(max(job["count"] // 2000, 4), 64)  # rows a killed run may do twice
+    size = min(max(job["count"] // 2000, 8), 64)  # rows a killed run may do twice
     tasks = enumerate(batches(read_entries(args), size))
     work = functools.partial(simulate_part, job)
     with open_ledger(args.output, args.max_reject_ratio) as ledger:

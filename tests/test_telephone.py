@@ -82,6 +82,18 @@ def decoded_by(command, stream, suffix, folder):
 # G.711 and the other codecs
 
 
+def itu_levels(law):
+    """The 128 positive output values of ITU-T G.711 tables 1a and 2a on the scale of 16 bits, and the decision values
+    between which they stand for the input: 8 segments of 16 even steps, each segment's twice the one before.
+    """
+    segment, step = np.divmod(np.arange(129), 16)
+    if law == "alaw":  # the first two segments have the same step
+        edges = 16 * np.where(segment < 1, step, (step + 16) << np.maximum(segment - 1, 0))
+        return (edges[:-1] + edges[1:]) // 2, edges
+    edges = 4 * (((step + 16) << (segment + 1)) - 33)  # a step reaches from half below to half above its value
+    return 4 * (((2 * step + 33) << segment) - 33)[:-1], edges
+
+
 @pytest.mark.parametrize(("law", "subtype"), [("alaw", "ALAW"), ("ulaw", "ULAW")])
 def test_g711_equals_the_itu_tables_and_libsndfile(law, subtype):
     values = np.arange(-32768, 32768).astype(np.int16)
@@ -94,9 +106,16 @@ def test_g711_equals_the_itu_tables_and_libsndfile(law, subtype):
     assert np.array_equal(encoder[values.view(np.uint16)], codes)
     assert np.array_equal(decoder[codes], decoded)
     assert np.array_equal(g711(values, law), decoded)
-    # The ends and the step around zero as G.711 tables 1a and 2a print them, scaled to 16 bits.
-    smallest, largest = {"alaw": (8, 32256), "ulaw": (0, 32124)}[law]
-    assert (np.abs(decoder).min(), decoder.max(), decoder.min()) == (smallest, largest, -largest)
+    levels, edges = itu_levels(law)
+    assert np.array_equal(np.unique(decoder), np.unique([-levels, levels]))
+    size = np.abs(values.astype(int))
+    inside = np.searchsorted(edges, size, "right") - 1
+    assert np.array_equal(decoder[0xD5 if law == "alaw" else 0xFF], levels[0])  # the code of +0, even bits inverted
+    # On a decision value, where both neighbours are as near, the tables leave the choice open.
+    free = np.isin(size, edges) | (size >= edges[-1])
+    wanted = np.where(values < 0, -1, 1) * levels[np.minimum(inside, 127)]
+    assert np.array_equal(g711(values, law)[~free], wanted[~free])
+    assert np.all(np.abs(np.abs(g711(values, law).astype(int)) - size)[free] <= 1024)
     if law == "alaw":
         assert encoder[0] == 0xD5 and np.array_equal(g711(g711(values, law), law), g711(values, law))
 
@@ -300,6 +319,15 @@ def test_idle_noise_of_an_alaw_line():
         heard = call(plan, np.zeros(16000 * 3, np.float32), 16000, 8000)
         assert np.all(heard.reshape(-1, 80).std(axis=1) > 0)
         assert noise.rms_level(heard) + noise.DBM0 == pytest.approx(-66, abs=3)
+
+
+@pytest.mark.parametrize("codec", ["g711_alaw", "gsm_fr", "g722"])
+def test_a_long_gap_on_a_line_without_noise_is_no_digital_silence(codec):
+    plan = draw(CLEAN, 0, "x") | {"hop1": {"codec": codec}, "packet_loss": {"percent": 50.0, "burst": 10.0}}
+    assert plan["line"] == {}
+    heard = call(plan, speech(4), 16000, 8000)
+    assert plan["measured"]["packets_lost"] > 50
+    assert np.all(heard.reshape(-1, 80).std(axis=1) > 0)
 
 
 @given(st.integers(0, 2**32), st.floats(-60, -45), st.sampled_from(["white", "pink"]))

@@ -277,6 +277,8 @@ def _line(plan: dict, speech: np.ndarray) -> np.ndarray:
     if "noise" in line:
         hiss = sounds.coloured(_generator(plan, 5), line["noise"], speech.size, TELEPHONE_FS)
         speech += sounds.at_level(hiss, line["noise_dbm0"] - sounds.DBM0)
+    elif "hop1" in plan or "hop2" in plan:  # a codec or a long gap may have left digital silence
+        speech += sounds.converter(_generator(plan, 7), speech.size)
     return speech
 
 
