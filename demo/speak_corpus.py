@@ -34,6 +34,7 @@ sys.path.insert(0, str(ROOT / "local"))
 import audio  # noqa: E402
 from common import UserError, file_hash, progress, run, write_json, write_jsonl  # noqa: E402
 from telephone.channel import apply, draw, load_config  # noqa: E402
+from telephone.codecs import from_pcm  # noqa: E402
 from telephone.resample import resample  # noqa: E402
 
 DIGITS = "零一二三四五六七八九"
@@ -173,7 +174,7 @@ def open_espeak() -> Iterator[Callable[[str, str, int, int], np.ndarray]]:
 
 def speak_set(name: str, texts: list[str], first: int, folder: Path, seed: int) -> list[dict]:
     """Speak texts[0], ... as utterances number `first`, ... of one set; write their audio; return their rows."""
-    mobile = load_config(ROOT / "conf/telephone_channel.yaml", preset="mobile", no_babble=True)
+    mobile = load_config(ROOT / "conf/telephone_channel.yaml", "mobile", no_babble=True)
     voices = VOICES[SETS[name][1]].split()
     rows = []
     with open_espeak() as speak:
@@ -191,7 +192,7 @@ def speak_set(name: str, texts: list[str], first: int, folder: Path, seed: int) 
             samples = resample(speak(text, voice, rate, pitch), round(22050 * size), 16000)
             if name.startswith("calls"):
                 path = folder / name / f"{key}.wav"
-                samples = apply(draw(mobile, seed, key), samples, 16000, 8000)
+                samples = from_pcm(apply(draw(mobile, seed, key), samples, 16000, 8000))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 soundfile.write(path, samples, 8000, subtype="ALAW")
             else:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import subprocess
-from pathlib import Path
+import wave
 from typing import NamedTuple
 
 import numpy as np
@@ -42,30 +42,42 @@ def read(
     if not os.path.isfile(path):
         raise AudioError("audio_missing", f"{path} does not exist")
     samples, rate = _decode_soundfile(path, start or 0.0, end) or _decode_other(path, start or 0.0, end)
+    if not 1000 <= rate <= 1_000_000:  # a damaged header: seconds of speech would become hours
+        raise AudioError("audio_unreadable", f"{path}: a sampling rate of {rate} Hz")
     _check_channel(channel, samples.shape[1], path)
     if samples.dtype == np.int16:  # libsndfile's own conversion to float gives the same and takes ten times as long
         samples = np.multiply(samples, 1 / 32768, dtype=np.float32)
     samples = samples.mean(axis=1) if channel is None and samples.shape[1] > 1 else samples[:, channel or 0]
     if samples.size == 0:
         raise AudioError("audio_empty", f"no samples between {start or 0.0} s and {end or 'the end'} in {path}")
-    if not np.isfinite(samples).all():
-        raise AudioError("audio_not_finite", f"NaN or infinite samples in {path}")
+    if not (np.abs(samples) < 1e10).all():  # the sum of larger squares would not be finite
+        raise AudioError("audio_not_finite", f"NaN, infinite or senselessly large samples in {path}")
     return np.ascontiguousarray(samples, dtype=np.float32), rate
 
 
 def write(path: str | os.PathLike, samples: np.ndarray, rate: int) -> None:
-    """Write float samples in [-1, 1] as 16-bit mono, format by suffix (.flac, .wav); the name appears when whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write int16 samples, or floats in [-1, 1], as 16-bit mono, format by suffix (.flac, .wav).
+
+    The name appears when the file is whole.
+    """
+    folder, name = os.path.split(path)
     # Encoded in memory: libsndfile does not say that the disk is full, Python's own write does.
     encoded = io.BytesIO()
-    soundfile.write(encoded, samples, rate, subtype="PCM_16", format=path.suffix[1:].upper())
+    if samples.dtype == np.int16 and name.endswith(".wav"):  # the same bytes in a tenth of the time
+        with wave.open(encoded, "wb") as file:
+            file.setparams((1, 2, rate, 0, "NONE", ""))
+            file.writeframes(samples)
+    else:
+        soundfile.write(encoded, samples, rate, subtype="PCM_16", format=name.rsplit(".", 1)[1].upper())
+    os.makedirs(folder, exist_ok=True)
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(encoded.getbuffer())
+        with open(temporary, "wb") as file:
+            file.write(encoded.getbuffer())
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except OSError:
+        os.unlink(temporary)
+        raise
 
 
 class Length(NamedTuple):

@@ -34,8 +34,8 @@ import numpy as np
 import audio
 from common import UserError, atomic_write, batches, file_hash, parallel, progress, run, write_json, write_jsonl
 from corpus import Entry, check_row, count_rows, open_ledger, read_rows
-from telephone import filters, noise, online
-from telephone.channel import draw, load_config
+from telephone import filters, noise
+from telephone.channel import apply, draw, load_config
 from telephone.resample import resample
 
 POOL = 200  # utterances that babble is made of
@@ -95,7 +95,7 @@ def simulate_row(row: dict[str, Any], job: Job) -> dict[str, Any]:
     path = f"{job['audio_dir']}/{key_hash(row['key']) >> 56:02x}/{audio.file_name(row['key'], job['suffix'])}"
     if job["online"]:
         return wideband_row(row, samples, fs, path, job)
-    call = online.call(job, plan, row["key"], samples, fs)
+    call = apply(plan, samples, fs, job["output_fs"], row["key"], job["pool"], job["noises"])
     if "probe" not in row and plan["measured"]["sent_dbov"] is None:
         raise audio.AudioError("silent", SILENT)
     audio.write(path, call, job["output_fs"])
@@ -210,9 +210,10 @@ def _is_voice(voice: noise.Recording) -> bool:
 
 def make_job(args: argparse.Namespace) -> Job:
     """Everything a worker needs besides its rows; `identity` is a hash of all that the audio depends on."""
-    flags = ("preset", "codec_type", "low_freq", "high_freq", "snr_db_min", "snr_db_max", "no_noise", "no_codec")
-    narrowing = {name: getattr(args, name) for name in flags}
-    load_config(args.config, **narrowing)  # a mistake there is told before a long manifest is read
+    presets = [args.preset, args.codec_type, args.no_noise and "no_noise", args.no_codec and "no_codec"]
+    edges = {name: getattr(args, name) for name in ("low_freq", "high_freq", "snr_db_min", "snr_db_max")}
+    load = functools.partial(load_config, args.config, *filter(None, presets), **edges)
+    load()  # a mistake there is told before a long manifest is read
     noises = noise.read_scp(args.bg_noise_scp) if args.bg_noise_scp else []
     hashes = (key_hash(entry.row["key"]) for entry in read_entries(args) if entry.row)
     values, times = np.unique(np.fromiter(hashes, np.uint64), return_counts=True)
@@ -224,7 +225,7 @@ def make_job(args: argparse.Namespace) -> Job:
         rows = ({name: value for name, value in voice._asdict().items() if value is not None} for voice in pool)
         write_jsonl(args.output.with_name(f"babble_pool_{args.output.stem}.jsonl"), rows)
     job: Job = {
-        "config": load_config(args.config, **narrowing, own_noise=bool(noises), no_babble=not pool),
+        "config": load(own_noise=bool(noises), no_babble=len(pool) < 2),
         "seed": args.seed, "epoch": args.epoch, "output_fs": args.output_fs, "online": None,
         "suffix": f".{args.audio_format}", "count": count, "duplicates": values[times > 1].tolist(),
         "pool": pool, "noises": noises,
@@ -233,7 +234,7 @@ def make_job(args: argparse.Namespace) -> Job:
     }  # fmt: skip
     if args.online:
         job["online"] = os.path.abspath(args.output.with_name(f"channel_{args.output.stem}.json"))
-        write_json(job["online"], {name: job[name] for name in online.FIELDS})
+        write_json(job["online"], {name: job[name] for name in ("config", "seed", "output_fs", "pool", "noises")})
     code = [file_hash(path) for path in sorted(Path(__file__).parent.glob("telephone/*.py"))]
     libraries = [metadata.version(name) for name in ("av", "numpy", "scipy", "soundfile", "soxr")]
     job["identity"] = hashlib.sha256(json.dumps([job, code, libraries]).encode()).hexdigest()
@@ -244,7 +245,7 @@ def simulate(args: argparse.Namespace, job: Job) -> None:
     """Send all rows of the input through their channels; write the output and what was rejected."""
     for stale in [*Path(job["audio_dir"]).glob("*/.*.tmp"), *Path(job["parts"]).glob(".*.tmp")]:
         stale.unlink(missing_ok=True)  # what a killed run left half-written
-    size = min(max(job["count"] // 2000, 4), 64)  # rows a killed run may do twice
+    size = min(max(job["count"] // 2000, 8), 64)  # rows a killed run may do twice
     tasks = enumerate(batches(read_entries(args), size))
     work = functools.partial(simulate_part, job)
     with open_ledger(args.output, args.max_reject_ratio) as ledger:

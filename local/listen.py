@@ -26,26 +26,27 @@ from common import UserError, atomic_write, run
 from corpus import read_rows, segment
 from telephone import noise
 from telephone.channel import apply, draw, load_config
+from telephone.codecs import from_pcm
 from telephone.resample import resample
 
 FS = 16000
 SECONDS = 8.0  # of an utterance that go into the page
-# Title, arguments of load_config, what is changed in the plan that was drawn.
-KINDS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
-    ("The plain band, 300-3400 Hz, and A-law", {"preset": "clean-pcma"}, {}),
-    ("Landline: a handset's response, A-law", {"preset": "landline"}, {}),
-    ("Mobile: AMR at 12.2 kbit/s", {}, {"hop1": {"codec": "amr_nb", "kbps": 12.2, "dtx": False}}),
-    ("Cell edge: AMR at 4.75 kbit/s, comfort noise", {}, {"hop1": {"codec": "amr_nb", "kbps": 4.75, "dtx": True}}),
-    ("Old mobile: GSM 06.10", {"codec_type": "gsm"}, {}),
-    ("An app: Opus", {"codec_type": "opus"}, {}),
-    ("HD leg: G.722, cut to 8 kHz by the exchange", {"codec_type": "g722"}, {}),
-    ("Cordless set: G.726", {"codec_type": "g726"}, {}),
-    ("Recorder: MP3 at 8 kbit/s", {}, {"recorder": {"codec": "mp3", "kbps": 8.0}}),
-    ("10 % of the packets lost, in bursts", {}, {"packet_loss": {"percent": 10.0, "burst": 3.0}}),
-    ("Voices around, 6 dB below", {}, {"noise": {"kind": "babble", "snr_db": 6.0}}),
-    ("Hands-free in a small room", {}, {"room": {"rt60_s": 0.5, "direct_db": 3.0}}),
-    ("Overdriven", {}, {"limiter": {"kind": "hard_clip"}, "active_dbov": -9.0}),
-    ("A bad line: noise, hum, echo", {}, {"line": {"noise": "white", "noise_dbm0": -50.0, "hum_dbm0": -45.0,
+# Title, presets, what is changed in the plan that was drawn.
+KINDS: list[tuple[str, list[str], dict[str, Any]]] = [
+    ("The plain band, 300-3400 Hz, and A-law", ["clean-pcma"], {}),
+    ("Landline: a handset's response, A-law", ["landline"], {}),
+    ("Mobile: AMR at 12.2 kbit/s", [], {"hop1": {"codec": "amr_nb", "kbps": 12.2, "dtx": False}}),
+    ("Cell edge: AMR at 4.75 kbit/s, comfort noise", [], {"hop1": {"codec": "amr_nb", "kbps": 4.75, "dtx": True}}),
+    ("Old mobile: GSM 06.10", ["gsm"], {}),
+    ("An app: Opus", ["opus"], {}),
+    ("HD leg: G.722, cut to 8 kHz by the exchange", ["g722"], {}),
+    ("Cordless set: G.726", ["g726"], {}),
+    ("Recorder: MP3 at 8 kbit/s", [], {"recorder": {"codec": "mp3", "kbps": 8.0}}),
+    ("10 % of the packets lost, in bursts", [], {"packet_loss": {"percent": 10.0, "burst": 3.0}}),
+    ("Voices around, 6 dB below", [], {"noise": {"kind": "babble", "snr_db": 6.0}}),
+    ("Hands-free in a small room", [], {"room": {"rt60_s": 0.5, "direct_db": 3.0}}),
+    ("Overdriven", [], {"limiter": {"kind": "hard_clip"}, "active_dbov": -9.0}),
+    ("A bad line: noise, hum, echo", [], {"line": {"noise": "white", "noise_dbm0": -50.0, "hum_dbm0": -45.0,
                                                    "echo_ms": 90.0, "echo_loss_db": 20.0}}),
 ]  # fmt: skip
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>How the simulated calls sound</title>
@@ -101,7 +102,7 @@ def shown(samples: np.ndarray) -> dict[str, str]:
 
 def main() -> None:
     args = get_args()
-    configs = [load_config(args.config, **arguments) for _, arguments, _ in KINDS]
+    configs = [load_config(args.config, *presets) for _, presets, _ in KINDS]
     voices = list(itertools.islice(utterances(args.input), len(KINDS)))
     if not voices:
         raise UserError(f"--input {args.input} has no wideband utterance of a second or more that can be read")
@@ -110,7 +111,7 @@ def main() -> None:
     for number, ((title, _, changes), config) in enumerate(zip(KINDS, configs, strict=True)):
         row, samples = voices[number % len(voices)]
         plan = draw(config, args.seed, row["key"]) | changes
-        after = apply(plan, samples, FS, FS, babble=noise.babble_source(pool, row["key"]))
+        after = from_pcm(apply(plan, samples, FS, FS, row["key"], pool))
         rows.append({"title": title, "text": row["target"], "key": row["key"], "plan": plan,
                      "before": shown(samples), "after": shown(after)})  # fmt: skip
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)

@@ -73,7 +73,7 @@ def train(config: dict[str, Any]) -> None:
     import nano.dataset
     import nano.model  # noqa: F401  registers the model
     from nano.trainer import Trainer
-    from telephone.online import simulate
+    from telephone.channel import simulate
 
     nano.dataset.FunASR.channel = staticmethod(simulate)
     Trainer.initial = config["init_param"]

@@ -142,9 +142,12 @@ def test_what_is_no_audio_has_a_reason(tmp_path):
     (tmp_path / "folder.wav").mkdir()
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 8000)
     soundfile.write(tmp_path / "nan.wav", np.array([0, np.nan, 0]), 8000, subtype="FLOAT")
+    soundfile.write(tmp_path / "huge.wav", np.array([0, -1e30, 0]), 8000, subtype="FLOAT")
+    soundfile.write(tmp_path / "slow.wav", np.zeros(8000), 1)
     for name, reason in [
         ("text.wav", "audio_unreadable"), ("zero.wav", "audio_unreadable"), ("folder.wav", "audio_missing"),
         ("none.wav", "audio_missing"), ("empty.wav", "audio_empty"), ("nan.wav", "audio_not_finite"),
+        ("huge.wav", "audio_not_finite"), ("slow.wav", "audio_unreadable"),
         ("a\0b", "audio_missing"),
     ]:
         with pytest.raises(audio.AudioError) as caught:
@@ -173,6 +176,9 @@ def test_a_playlist_opens_no_address(tmp_path, name):
 def test_written_audio_is_16_bit_mono_and_appears_whole(tmp_path, suffix):
     samples = np.append(tone(0.5, 16000), [2.0, -2.0])
     audio.write(tmp_path / "new" / f"a{suffix}", samples, 16000)
+    pcm = (3e4 * samples[:8000]).astype(np.int16)
+    audio.write(tmp_path / f"pcm{suffix}", pcm, 16000)
+    assert np.array_equal(soundfile.read(tmp_path / f"pcm{suffix}", dtype="int16")[0], pcm)
     assert [path.name for path in (tmp_path / "new").iterdir()] == [f"a{suffix}"]
     header = soundfile.info(tmp_path / "new" / f"a{suffix}")
     assert (header.frames, header.channels, header.subtype) == (8002, 1, "PCM_16")

@@ -14,7 +14,6 @@ from nano.config import flat_keys
 from telephone.channel import PROBABILITY, SCHEMA, draw, load_config
 
 CHANNEL = ROOT / "conf" / "telephone_channel.yaml"
-NAMES = [f"{section}.{name}" for section, names in SCHEMA.items() for name in names]
 # Whatever the YAML's own shares: everything that can happen does, in some of the draws.
 EVERYTHING = {
     "noise.probability": 1.0, "room.probability": 1.0, "packet_loss.probability": 1.0, "line.noise_probability": 1.0,
@@ -35,15 +34,13 @@ def two_values(allowed: tuple) -> list:
 def plans(key: str, value) -> list[dict]:
     config = load_config(CHANNEL)
     for name, setting in [*EVERYTHING.items(), (key, value)]:
-        section, item = name.split(".")
-        config[section][item] = setting
+        config[name] = setting
     return [{**draw(config, 0, f"utterance {number}"), "draw": None} for number in range(400)]
 
 
-@pytest.mark.parametrize("key", [name for name in NAMES if name != "noise.own_file_probability"])
+@pytest.mark.parametrize("key", [name for name in SCHEMA if name != "noise.own_file_probability"])
 def test_a_key_of_the_channel_changes_what_is_drawn(key):
-    section, name = key.split(".")
-    one, other = (plans(key, value) for value in two_values(SCHEMA[section][name]))
+    one, other = (plans(key, value) for value in two_values(SCHEMA[key]))
     assert one != other
 
 
@@ -52,13 +49,13 @@ def test_own_recordings_take_their_share_of_the_noise(tmp_path, share):
     config = yaml.safe_load(CHANNEL.read_text())
     config["noise"]["own_file_probability"] = share
     (tmp_path / "channel.yaml").write_text(yaml.safe_dump(config))
-    assert load_config(tmp_path / "channel.yaml", own_noise=True)["noise"]["kind"]["file"] == share
+    assert load_config(tmp_path / "channel.yaml", own_noise=True)["noise.kind"]["file"] == share
 
 
 def test_the_channel_yaml_holds_every_key_and_no_other():
     given = yaml.safe_load(CHANNEL.read_text())
     given.pop("presets")
-    assert {f"{section}.{name}" for section, names in given.items() for name in names} == set(NAMES)
+    assert {f"{section}.{name}" for section, names in given.items() for name in names} == set(SCHEMA)
 
 
 # --- data_filter.yaml

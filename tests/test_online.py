@@ -9,8 +9,7 @@ import audio
 import nano.dataset
 from common import write_json, write_jsonl
 from mini import make_model
-from telephone import noise, online
-from telephone.channel import load_config
+from telephone import channel, noise
 from test_telephone import CONF, speech
 from test_training import build, helper
 
@@ -31,7 +30,7 @@ def parts(tmp_path_factory):
             "speech_length": 150 + 10 * number, "text_length": 3,
         } | ({"channel": {"online": str(folder / "channel.json")}} if number < 4 else {}))  # fmt: skip
         pool.append(noise.Recording(f"u{number}", str(path)))
-    settings = {"config": load_config(CONF), "seed": 5, "output_fs": 16000, "pool": pool, "noises": []}
+    settings = {"config": channel.load_config(CONF), "seed": 5, "output_fs": 16000, "pool": pool, "noises": []}
     write_json(folder / "channel.json", settings)
     return folder, model.kwargs, rows
 
@@ -46,7 +45,7 @@ def dataset(parts, rows=None, is_training=True, **conf):
 
 @pytest.fixture
 def with_channel(monkeypatch):
-    monkeypatch.setattr(nano.dataset.FunASR, "channel", staticmethod(online.simulate))
+    monkeypatch.setattr(nano.dataset.FunASR, "channel", staticmethod(channel.simulate))
 
 
 def features(data):
@@ -62,7 +61,7 @@ def test_an_epoch_has_the_features_of_the_calls_stage_0_writes(parts, with_chann
         for row in rows:
             samples, fs = audio.read(folder / f"{row['key'][1:]}.wav")
             if "channel" in row:
-                samples = online.simulate(str(folder / "channel.json"), row["key"], samples, fs, data.epoch)
+                samples = channel.simulate(str(folder / "channel.json"), row["key"], samples, fs, data.epoch)
             path = tmp_path / f"{data.epoch}{row['key']}.flac"
             audio.write(path, samples, fs)
             messages = [dict(message) for message in row["messages"]]
@@ -89,7 +88,7 @@ def test_rows_for_the_channel_are_never_used_without_it(parts, monkeypatch):
     monkeypatch.setattr(nano.dataset.FunASR, "channel", None)
     with pytest.raises(ValueError, match="drawn in training"):
         dataset(parts)
-    monkeypatch.setattr(nano.dataset.FunASR, "channel", staticmethod(online.simulate))
+    monkeypatch.setattr(nano.dataset.FunASR, "channel", staticmethod(channel.simulate))
     with pytest.raises(ValueError, match="dev rows"):
         dataset(parts, is_training=False)
     with pytest.raises(RuntimeError, match="u0.*no epoch"):
@@ -98,7 +97,7 @@ def test_rows_for_the_channel_are_never_used_without_it(parts, monkeypatch):
 
 def test_a_channel_that_fails_stops_training_and_says_where(parts, monkeypatch):
     folder, _, rows = parts
-    monkeypatch.setattr(nano.dataset.FunASR, "channel", staticmethod(online.simulate))
+    monkeypatch.setattr(nano.dataset.FunASR, "channel", staticmethod(channel.simulate))
     data = dataset(parts, [rows[0] | {"channel": {"online": str(folder / "nowhere.json")}}])
     data.epoch = 0
     with pytest.raises(RuntimeError, match="u0.*nowhere.json"):

@@ -7,12 +7,15 @@ limiter, hop 1 with packet loss, hop 2, line noise, hum, echo, G.711, recorder, 
 
     config = load_config("conf/telephone_channel.yaml")
     plan = draw(config, seed=0, key="utt1")
-    samples_16k = apply(plan, samples, 16000, 16000, babble=babble_source(pool))
+    call = apply(plan, samples, 16000, 16000, "utt1", pool)
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -29,8 +32,17 @@ from telephone.resample import resample, resample_counted
 TELEPHONE_FS = 8000
 CODED = ("amr_nb", "gsm_fr", "opus_nb", "g726")
 PROBABILITY = (0.0, 1.0)
-# What the YAML may hold, section by section: the bounds of a probability or a range, or the names that have shares.
-SCHEMA: dict[str, dict[str, tuple]] = {
+
+
+def _flat(sections: Any, path: str | Path) -> dict[str, Any]:
+    """{"section.item": value}; UserError for what is no sections of values."""
+    if not isinstance(sections, dict) or not all(isinstance(items, dict) for items in sections.values()):
+        raise UserError(f"{path}: not sections of values; take conf/telephone_channel.yaml as a pattern", code=2)
+    return {f"{section}.{item}": value for section, items in sections.items() for item, value in items.items()}
+
+
+# What the YAML may hold: the bounds of a probability or a range, or the names that have shares.
+SCHEMA: dict[str, tuple] = _flat({
     "noise": {
         "probability": PROBABILITY, "kind": ("babble", "pink", "white"), "own_file_probability": PROBABILITY,
         "snr_db": (-20.0, 80.0),
@@ -60,52 +72,43 @@ SCHEMA: dict[str, dict[str, tuple]] = {
     },
     "g711": {"law": ("alaw", "ulaw", "none")},
     "recorder": {"codec": ("none", "gsm_fr", "mp3", "g726"), "mp3_kbps": ("8", "16", "24", "32")},
-}  # fmt: skip
-NAMES = [f"{section}.{item}" for section, items in SCHEMA.items() for item in items]
+}, "")  # fmt: skip
 # Where the bit rates of a codec that has several are.
 KBPS = {"amr_nb": "hop1.amr_kbps", "opus_nb": "hop1.opus_kbps", "g726": "hop1.g726_kbps", "mp3": "recorder.mp3_kbps"}
 
 
 def load_config(
-    path: str | Path, preset: str | None = None, codec_type: str | None = None,
-    low_freq: float | None = None, high_freq: float | None = None,
-    snr_db_min: float | None = None, snr_db_max: float | None = None,
-    no_noise: bool = False, no_codec: bool = False, own_noise: bool = False, no_babble: bool = False,
+    path: str | Path, *presets: str, low_freq: float | None = None, high_freq: float | None = None,
+    snr_db_min: float | None = None, snr_db_max: float | None = None, own_noise: bool = False, no_babble: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Read and check the distributions, narrowed by what the arguments say; a mistake is a UserError, code 2."""
     try:
-        config = _sections(yaml.safe_load(Path(path).read_text(encoding="utf-8")), path)
+        config = _flat(yaml.safe_load(Path(path).read_text(encoding="utf-8")), path)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not a readable YAML file: {error}", code=2) from error
-    presets = config.pop("presets", {})
+    known = {name.removeprefix("presets."): config.pop(name) for name in [*config] if name.startswith("presets.")}
     _check(config, path)
-    changes: list[dict] = []
-    for name in filter(None, (preset, codec_type, no_noise and "no_noise", no_codec and "no_codec")):
-        if name not in presets:
-            raise UserError(f"{path}: no preset {name}; it has {', '.join(presets) or 'none'}", code=2)
-        changes.append(_sections(presets[name], path))
-    if low_freq is not None:
-        changes.append({"send": {"shape": {"band": 1}, "low_hz": [low_freq, low_freq]}})
-    if high_freq is not None:
-        changes.append({"send": {"shape": {"band": 1}, "high_hz": [high_freq, high_freq]}})
-    for change in changes:
-        for section, items in change.items():
-            config[section] = config.get(section, {}) | items
-    noise = config["noise"]
+    for name in presets:
+        if name not in known:
+            raise UserError(f"{path}: no preset {name}; it has {', '.join(known) or 'none'}", code=2)
+        config |= _flat(known[name], path)
+    for item, hz in (("low_hz", low_freq), ("high_hz", high_freq)):
+        if hz is not None:
+            config |= {"send.shape": {"band": 1}, f"send.{item}": [hz, hz]}
     if snr_db_min is not None or snr_db_max is not None:
-        snr = noise["snr_db"]
+        snr = config["noise.snr_db"]
         low, high = (snr["min"], snr["max"]) if isinstance(snr, dict) else snr
-        noise["snr_db"] = [low if snr_db_min is None else snr_db_min, high if snr_db_max is None else snr_db_max]
+        config["noise.snr_db"] = [low if snr_db_min is None else snr_db_min, high if snr_db_max is None else snr_db_max]
     _check(config, path)
-    for section, items in SCHEMA.items():  # shares in one order, so that rearranging the YAML changes no draw
-        for item, names in items.items():
-            if isinstance(names[0], str):
-                config[section][item] = {name: config[section][item].get(name, 0) for name in names}
+    for name, allowed in SCHEMA.items():  # shares in one order, so that rearranging the YAML changes no draw
+        if isinstance(allowed[0], str):
+            config[name] = {choice: config[name].get(choice, 0) for choice in allowed}
+    kinds = config["noise.kind"]
     if no_babble:  # a corpus of one utterance has no other voices
-        noise["kind"]["pink"] += noise["kind"].pop("babble")
+        kinds["pink"] += kinds.pop("babble")
     if own_noise:
-        share = noise["own_file_probability"]
-        noise["kind"] = {name: value * (1 - share) for name, value in noise["kind"].items()} | {"file": share}
+        share = config["noise.own_file_probability"]
+        config["noise.kind"] = {kind: value * (1 - share) for kind, value in kinds.items()} | {"file": share}
     return config
 
 
@@ -114,12 +117,11 @@ def draw(config: dict[str, Any], seed: int, key: str, epoch: int | None = None) 
     digest = hashlib.sha256(f"{seed}\0{key}\0{epoch}".encode("utf-8", "surrogatepass")).digest()
     number = int.from_bytes(digest[:6], "big")
     # One number for each value, needed or not: narrowing one value leaves every other one as it was.
-    numbers = np.random.default_rng(number).random(len(NAMES) + 6).tolist()
-    uniform, spare = dict(zip(NAMES, numbers, strict=False)), numbers[len(NAMES) :]
+    numbers = np.random.default_rng(number).random(len(SCHEMA) + 6).tolist()
+    uniform, spare = dict(zip(SCHEMA, numbers, strict=False)), numbers[len(SCHEMA) :]
 
     def value(name: str) -> Any:
-        section, item = name.split(".")
-        return _quantile(config[section][item], uniform[name])
+        return _quantile(config[name], uniform[name])
 
     plan: dict[str, Any] = {"seed": seed, "epoch": epoch, "draw": number}
     if value("noise.probability"):
@@ -130,7 +132,7 @@ def draw(config: dict[str, Any], seed: int, key: str, epoch: int | None = None) 
     if plan["send"]["shape"] == "band":
         plan["send"] |= {"low_hz": value("send.low_hz"), "high_hz": value("send.high_hz")}
     elif count := int(value("send.peak_count")):
-        hz, db = config["send"]["peak_hz"], config["send"]["peak_db"]
+        hz, db = config["send.peak_hz"], config["send.peak_db"]
         plan["send"]["peaks"] = [[_quantile(hz, spare[i]), _quantile(db, spare[3 + i])] for i in range(count)]
     plan["active_dbov"] = value("level.active_dbov")
     limiter = value("limiter.kind")
@@ -167,11 +169,11 @@ def draw(config: dict[str, Any], seed: int, key: str, epoch: int | None = None) 
 
 def apply(
     plan: dict[str, Any], samples: np.ndarray, fs: int, output_fs: int,
-    babble: sounds.Source | None = None, noise: sounds.Source | None = None, pcm: bool = False,
+    key: str = "", pool: Sequence[sounds.Recording] = (), noises: Sequence[sounds.Recording] = (),
 ) -> np.ndarray:  # fmt: skip
-    """Send float samples at `fs` Hz through the channel of `plan`; return them at `output_fs` on the 16-bit grid.
+    """Send float samples at `fs` Hz through the channel of `plan`; return the call at `output_fs`, int16.
 
-    They are float32, or int16 with `pcm`. `babble` and `noise` make such noise where the plan has it (telephone.noise).
+    Babble is made of the utterances of `pool` but the one named `key`, which is sent; noise from files of `noises`.
     Adds to the plan what came of it: `measured` (level in dBov, packets lost, overshoots of the up-sampler) and the
     keys of babble or noise files used.
     """
@@ -179,7 +181,7 @@ def apply(
     working_fs = CODECS[plan["hop1"]["codec"]].fs if "hop1" in plan else TELEPHONE_FS
     plan["measured"] = {}
     speech = resample(samples, fs, working_fs)
-    speech = _mouth_to_line(plan, speech, working_fs, {"babble": babble, "file": noise})
+    speech = _mouth_to_line(plan, speech, working_fs, key, pool, noises)
     speech += sounds.converter(_generator(plan, 6), speech.size)
     if "hop1" in plan:
         speech = _first_hop(plan, speech, round(samples.size * TELEPHONE_FS / fs))
@@ -191,8 +193,25 @@ def apply(
     if "recorder" in plan:
         speech = _coded(speech, **plan["recorder"])
     out, plan["measured"]["overshoots"] = resample_counted(speech, TELEPHONE_FS, output_fs)
-    call = to_pcm(fitted(out, round(samples.size * output_fs / fs)))
-    return call if pcm else from_pcm(call)
+    return to_pcm(fitted(out, round(samples.size * output_fs / fs)))
+
+
+def simulate(path: str, key: str, samples: np.ndarray, fs: int, epoch: int) -> np.ndarray:
+    """Training online: wideband samples as the call that (seed, key, epoch) draw, float32 at the settings' rate.
+
+    `path` names the settings that stage 0 wrote for it. ValueError for a recording at less than 16 kHz.
+    """
+    if fs < 16000:
+        raise ValueError(f"{fs} Hz is no wideband recording")
+    settings = _settings(path)
+    plan = draw(settings["config"], settings["seed"], key, epoch)
+    return from_pcm(apply(plan, samples, fs, settings["output_fs"], key, settings["pool"], settings["noises"]))
+
+
+@functools.lru_cache
+def _settings(path: str) -> dict[str, Any]:
+    settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    return settings | {name: [sounds.Recording(*given) for given in settings[name]] for name in ("pool", "noises")}
 
 
 def _generator(plan: dict, place: int) -> np.random.Generator:
@@ -200,7 +219,10 @@ def _generator(plan: dict, place: int) -> np.random.Generator:
     return np.random.default_rng([plan["draw"], place])
 
 
-def _mouth_to_line(plan: dict, speech: np.ndarray, fs: int, sources: dict[str, sounds.Source | None]) -> np.ndarray:
+def _mouth_to_line(
+    plan: dict, speech: np.ndarray, fs: int, key: str, pool: Sequence[sounds.Recording],
+    noises: Sequence[sounds.Recording],
+) -> np.ndarray:  # fmt: skip
     """Room, send response, noise, level and limiter. Level and SNR are those of the line, after the send response."""
     if "room" in plan:
         speech = filters.room(_generator(plan, 1), speech, fs, **plan["room"])
@@ -212,8 +234,10 @@ def _mouth_to_line(plan: dict, speech: np.ndarray, fs: int, sources: dict[str, s
         speech *= np.float32(sounds.db_to_gain(plan["active_dbov"] - active))
     if "noise" in plan:
         rng, kind = _generator(plan, 2), plan["noise"]["kind"]
-        if kind in sources:
-            around, plan["noise"]["sources"] = sources[kind](rng, speech.size, fs)
+        if kind == "babble":
+            around, plan["noise"]["sources"] = sounds.babble(rng, speech.size, fs, pool, key)
+        elif kind == "file":
+            around, plan["noise"]["sources"] = sounds.excerpt(rng, speech.size, fs, noises)
         else:
             around = sounds.coloured(rng, kind, speech.size, fs)
         around = filters.send(around, fs, **plan["send"])
@@ -253,6 +277,8 @@ def _line(plan: dict, speech: np.ndarray) -> np.ndarray:
     if "noise" in line:
         hiss = sounds.coloured(_generator(plan, 5), line["noise"], speech.size, TELEPHONE_FS)
         speech += sounds.at_level(hiss, line["noise_dbm0"] - sounds.DBM0)
+    elif "hop1" in plan or "hop2" in plan:  # a codec or a long gap may have left digital silence
+        speech += sounds.converter(_generator(plan, 7), speech.size)
     return speech
 
 
@@ -273,21 +299,13 @@ def _quantile(given: Any, uniform: float) -> Any:
     return max(given, key=given.get)  # rounding left nothing
 
 
-def _sections(loaded: Any, path: str | Path) -> dict[str, dict]:
-    if not isinstance(loaded, dict) or not all(isinstance(items, dict) for items in loaded.values()):
-        raise UserError(f"{path}: not sections of values; take conf/telephone_channel.yaml as a pattern", code=2)
-    return loaded
-
-
-def _check(config: dict[str, dict], path: str | Path) -> None:
-    given = {f"{section}.{item}": value for section, items in config.items() for item, value in items.items()}
-    for name in [*given, *NAMES]:
-        if name not in given or name not in NAMES:
-            raise UserError(f"{path}: {name} is {'missing' if name in NAMES else 'unknown'}", code=2)
-        section, item = name.split(".")
-        allowed = SCHEMA[section][item]
+def _check(config: dict[str, Any], path: str | Path) -> None:
+    for name in [*config, *SCHEMA]:
+        if name not in config or name not in SCHEMA:
+            raise UserError(f"{path}: {name} is {'missing' if name in SCHEMA else 'unknown'}", code=2)
+        value, allowed = config[name], SCHEMA[name]
         try:
-            fits = _fits(given[name], allowed)
+            fits = _fits(value, allowed)
         except (AttributeError, LookupError, TypeError, ValueError):  # no numbers, or too few
             fits = False
         if isinstance(allowed[0], str):
@@ -297,7 +315,7 @@ def _check(config: dict[str, dict], path: str | Path) -> None:
         else:
             wanted = f"[from, to] or {{mean, std, min, max}} within {allowed[0]:g}..{allowed[1]:g}"
         if not fits:
-            raise UserError(f"{path}: {name}: {given[name]} is not {wanted}", code=2)
+            raise UserError(f"{path}: {name}: {value} is not {wanted}", code=2)
 
 
 def _fits(given: Any, allowed: tuple) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,8 +31,6 @@ SILENT_DBOV = -70.0  # speech this faint is lost in 16-bit rounding and the idle
 
 # What the four pairs of bits in a byte stand for.
 CONVERTER_STEPS = (((np.arange(256)[:, None] >> np.arange(0, 8, 2) & 3) * 2 - 3) / 32768).astype(np.float32)
-
-Source = Callable[[np.random.Generator, int, int], tuple[np.ndarray, list[str]]]
 
 
 def active_level(samples: np.ndarray, fs: int) -> float:
@@ -114,20 +112,19 @@ class Recording(NamedTuple):
     end: float | None = None
 
 
-def babble_source(voices: Sequence[Recording], exclude: str | None = None) -> Source:
-    """Babble of three to seven of the utterances, never of the one named `exclude`, which it is mixed with."""
-    def babble(rng: np.random.Generator, count: int, fs: int) -> tuple[np.ndarray, list[str]]:
-        own = exclude.split("#", 1)[0] if exclude else None  # key#2 is a repeat of key in a train list
-        others = [voice for voice in voices if voice.key not in (exclude, own)] or list(voices)
-        chosen = rng.choice(len(others), size=min(len(others), int(rng.integers(3, 8))), replace=False)
-        mix = np.zeros(count, np.float32)
-        for i in chosen:
-            voice = _voice(others[i], fs)
-            start = int(rng.integers(voice.size))
-            mix += np.resize(np.roll(voice, -start), count) * np.float32(db_to_gain(rng.uniform(-6, 0)))
-        return mix, [others[i].key for i in chosen]
-
-    return babble
+def babble(
+    rng: np.random.Generator, count: int, fs: int, pool: Sequence[Recording], key: str
+) -> tuple[np.ndarray, list[str]]:
+    """`count` samples of three to seven voices of the pool, not of the one named `key`; and their keys."""
+    own = (key, key.split("#", 1)[0])  # key#2 is a repeat of key in a train list
+    others = [voice for voice in pool if voice.key not in own] or pool
+    chosen = rng.choice(len(others), size=min(len(others), int(rng.integers(3, 8))), replace=False)
+    mix = np.zeros(count, np.float32)
+    for i in chosen:
+        voice = _voice(others[i], fs)
+        start = int(rng.integers(voice.size))
+        mix += np.resize(np.roll(voice, -start), count) * np.float32(db_to_gain(rng.uniform(-6, 0)))
+    return mix, [others[i].key for i in chosen]
 
 
 @functools.lru_cache(maxsize=256)
@@ -136,18 +133,16 @@ def _voice(voice: Recording, fs: int) -> np.ndarray:
     return at_level(resample(samples[: 10 * rate], rate, fs), 0.0)  # 10 s of each is all that is kept in memory
 
 
-def file_source(recordings: Sequence[Recording]) -> Source:
-    """An excerpt of one of the noise recordings, repeated where it is shorter than the utterance."""
-
-    def noise(rng: np.random.Generator, count: int, fs: int) -> tuple[np.ndarray, list[str]]:
-        chosen = recordings[int(rng.integers(len(recordings)))]
-        length = audio.length(chosen.source)
-        seconds = length.samples / length.rate
-        start = float(rng.uniform(0.0, max(0.0, seconds - count / fs)))
-        samples, rate = audio.read(chosen.source, None, start, min(start + count / fs + 0.01, seconds))
-        return np.resize(resample(samples, rate, fs), count), [chosen.key]
-
-    return noise
+def excerpt(
+    rng: np.random.Generator, count: int, fs: int, recordings: Sequence[Recording]
+) -> tuple[np.ndarray, list[str]]:
+    """`count` samples of one of the recordings, repeated where it is shorter; and its key."""
+    chosen = recordings[int(rng.integers(len(recordings)))]
+    length = audio.length(chosen.source)
+    seconds = length.samples / length.rate
+    start = float(rng.uniform(0.0, max(0.0, seconds - count / fs)))
+    samples, rate = audio.read(chosen.source, None, start, min(start + count / fs + 0.01, seconds))
+    return np.resize(resample(samples, rate, fs), count), [chosen.key]
 
 
 def read_scp(path: str | os.PathLike) -> list[Recording]:
