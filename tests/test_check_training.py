@@ -11,10 +11,11 @@ import pytest
 import torch
 import yaml
 
-from check_training import check_before, check_checkpoint, check_room, gpu_bytes
+from check_training import check_before, check_checkpoint, check_room
 from common import UserError
 from mini import QUICK, ROOT, STAGES, arguments, make_model, make_rows, train_here
 from nano import weights
+from nano.batch_size import gpu_bytes
 from nano.config import build_on_meta, effective, flat_keys, read_stage
 from nano.dataset import Once
 from nano.postflight import check_after, check_loss, check_rows_used
