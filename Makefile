@@ -1,4 +1,5 @@
-# Short names for what the recipe does. Options are variables: `make stage1 REAL_SHARE=0.2`, `make demo SEED=1`.
+# Short names for what the recipe does. Options are variables: `make stage1 REAL_SHARE=0.2`, `make demo SEED=1`;
+# CONFIG=my.conf is a file of them.
 # `make help` lists the targets; `bash run_experiment.sh` without arguments lists the options.
 EXP_OUTPUT ?= exp_output
 SEED ?= 0
@@ -15,7 +16,7 @@ PYTEST = OMP_NUM_THREADS=1 $(VENV) -m pytest -n auto --maxprocesses 4 --dist loa
 # PYTHON is the interpreter of `make setup` here, but the one that runs the helpers in run_experiment.sh.
 unexport PYTHON
 .DEFAULT_GOAL := help
-.PHONY: help setup wheels doctor model stage0 stage1 stage2 stage3 stage4 stage5 all status demo test test-full lint \
+.PHONY: help setup wheels doctor model plan stage0 stage1 stage2 stage3 stage4 stage5 all status demo test test-full lint \
   clean bench transcribe tensorboard ablation ablation-fs check-full-size traps listen
 
 help:  ## this list
@@ -29,6 +30,9 @@ wheels:  ## everything `make setup` installs, collected in WHEELS=folder for a m
 
 doctor: setup  ## what this machine has and lacks
 	@bash setup.sh doctor
+
+plan: setup  ## what your data and options will take: rows, hours, disk, memory, time; CONFIG=my.conf
+	@$(VENV) local/plan.py
 
 model: setup  ## stage -1: find or download the pretrained model, check it
 	@bash run_experiment.sh -1

@@ -153,11 +153,11 @@ def check_rows(path: Path, dataset: dict[str, Any], fs: int) -> int:
 
 def check_room(model: torch.nn.Module, config: dict[str, Any], output_dir: Path, longest: int) -> None:
     """Disk for the checkpoints and memory of the GPU, where there is one, estimated from the model's own shapes."""
+    from nano.batch_size import gpu_bytes
+
     train, dataset = config["train_conf"], config["dataset_conf"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    # AdamW's two moments; beside the best: the newest, the one being written, averaged.pt.
-    need = (size + 8 * trained) * (train.get("keep_nbest_models", 500) + 2) + size
+    need = weights.checkpoint_bytes(model, train.get("keep_nbest_models", 500))
     need -= sum(file.stat().st_size for file in output_dir.glob("model.pt.ep*"))
     folder = next(parent for parent in (output_dir, *output_dir.absolute().parents) if parent.exists())
     if (free := shutil.disk_usage(folder).free) < need:
@@ -173,21 +173,6 @@ def check_room(model: torch.nn.Module, config: dict[str, Any], output_dir: Path,
     if torch.cuda.is_available() and memory > (there := torch.cuda.get_device_properties(0).total_memory):
         raise UserError(f"about {memory / 2**30:.0f} GiB of GPU memory needed, {there / 2**30:.0f} there; lower "
                         f"batch_size ({dataset['batch_size']}), or MAX_SPEECH_LENGTH of stage 0")  # fmt: skip
-
-
-def gpu_bytes(model: torch.nn.Module, config: dict[str, Any], frames: int, longest: int) -> float:
-    """Rough memory of a step on batches of `frames` 10 ms frames: weights, gradients, AdamW, activations."""
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    fixed = sum(p.numel() * p.element_size() for p in model.parameters()) + 12 * trained
-    encoder, llm = config["audio_encoder_conf"], model.llm.config
-    seen, tokens = frames / 6, frames / 20  # encoder frames; a speech token per 48, and text and prompt
-    # What backward needs of each layer in fp32 (norms, projections, feed-forward, upstream's matrix of scores).
-    scores = 0 if config.get("fused_attention") else 3 * encoder["attention_heads"] * longest / 6
-    layer = 11 * encoder["output_size"] + 3 * encoder["linear_units"] + scores
-    layers = encoder["num_blocks"] + encoder.get("tp_blocks", 0)
-    heard = seen * layer * layers * 4 * any(p.requires_grad for p in model.audio_encoder.parameters())
-    said = tokens * llm.num_hidden_layers * (12 * llm.hidden_size + 3 * llm.intermediate_size) * 4
-    return fixed + heard + said + tokens / 2 * llm.vocab_size * 12
 
 
 def check_after(folder: Path, initial: Path, train_list: Path) -> dict[str, Any]:

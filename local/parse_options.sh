@@ -3,7 +3,7 @@
 # conf/experiment.conf is an option --name; command line beats environment beats --config FILE beats that file.
 
 option_help() {
-  printf '  --config FILE\n      NAME=value lines, as conf/experiment.conf\n'
+  printf '  --config FILE\n      NAME=value lines, as conf/experiment.conf (in the environment, CONFIG=FILE)\n'
   awk '/^#/ { comment = substr($0, 3) }
        /^[A-Z]/ { value = $0; sub(/^[^=]*=/, "", value); name = $0; sub(/=.*/, "", name)
                   printf "  --%s %s\n      %s\n", tolower(name), value, comment }' conf/experiment.conf
@@ -15,7 +15,7 @@ fail() {  # one line for a mistake of the user's; nothing was done
 }
 
 parse_options() {  # -> STAGE STOP_STAGE and every variable of conf/experiment.conf
-  local name config="" positional=()
+  local name config=${CONFIG:-} positional=()
   local -A given=()
   mapfile -t OPTIONS < <(sed -n 's/^\([A-Z][A-Z0-9_]*\)=.*/\1/p' conf/experiment.conf)
   for name in "${OPTIONS[@]}"; do

@@ -13,18 +13,11 @@ import pytest
 import torch
 import yaml
 
-from check_training import (
-    check_after,
-    check_before,
-    check_checkpoint,
-    check_loss,
-    check_room,
-    check_rows_used,
-    gpu_bytes,
-)
+from check_training import check_after, check_before, check_checkpoint, check_loss, check_room, check_rows_used
 from common import UserError, write_jsonl
 from mini import QUICK, ROOT, STAGES, arguments, curves, log_line, make_model, make_rows, train_here
 from nano import weights
+from nano.batch_size import gpu_bytes
 from nano.config import build_on_meta, effective, flat_keys, read_stage
 from nano.dataset import Once
 from nano.train_log import read_log

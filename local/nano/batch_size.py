@@ -33,6 +33,21 @@ def largest(asked: int, longest: int, fits: Callable[[int], bool]) -> int:
     return tokens
 
 
+def gpu_bytes(model: torch.nn.Module, config: dict[str, Any], frames: int, longest: int) -> float:
+    """Rough memory of a step on batches of `frames` 10 ms frames: weights, gradients, AdamW, activations."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    fixed = sum(p.numel() * p.element_size() for p in model.parameters()) + 12 * trained
+    encoder, llm = config["audio_encoder_conf"], model.llm.config
+    seen, tokens = frames / 6, frames / 20  # encoder frames; a speech token per 48, and text and prompt
+    # What backward needs of each layer in fp32 (norms, projections, feed-forward, upstream's matrix of scores).
+    scores = 0 if config.get("fused_attention") else 3 * encoder["attention_heads"] * longest / 6
+    layer = 11 * encoder["output_size"] + 3 * encoder["linear_units"] + scores
+    layers = encoder["num_blocks"] + encoder.get("tp_blocks", 0)
+    heard = seen * layer * layers * 4 * any(p.requires_grad for p in model.audio_encoder.parameters())
+    said = tokens * llm.num_hidden_layers * (12 * llm.hidden_size + 3 * llm.intermediate_size) * 4
+    return fixed + heard + said + tokens / 2 * llm.vocab_size * 12
+
+
 def fit(trainer: stock.Trainer, model: torch.nn.Module, optim: torch.optim.Optimizer, loader: Any) -> int | None:
     """A batch size that fits the GPU of every process. None where there is nothing to fit: CPU, DeepSpeed, examples."""
     sampler, dataset = getattr(loader.batch_sampler, "stock", None), loader.dataset

@@ -133,6 +133,14 @@ def misfits(model: torch.nn.Module, state: State) -> tuple[list[str], list[str]]
     return sorted(missing), sorted(misshapen)
 
 
+def checkpoint_bytes(model: torch.nn.Module, kept: int) -> int:
+    """Bytes that a training's checkpoints take at most, when it keeps that many of the best."""
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    # With AdamW's two moments; beside the best: the newest, the one being written, averaged.pt.
+    return (size + 8 * trained) * (kept + 2) + size
+
+
 def digest(tensor: torch.Tensor) -> str:
     """Hash of a tensor's bytes."""
     content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()

@@ -1,0 +1,137 @@
+"""The plan says what the lists, the sampler and the model of the experiment say, and invents nothing."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from funasr.register import tables
+
+import audio
+import full_size
+import nano.dataset  # noqa: F401
+import plan
+from common import read_jsonl, write_json, write_jsonl
+from mini import ROOT, STAGES, make_model
+from nano.config import effective, read_stage
+
+BATCH = 700  # frames and tokens
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """20 and 8 utterances of 1 s and more at 16 and 8 kHz, 6 of each for dev, a model, and a file of options."""
+    home = tmp_path_factory.mktemp("plan")
+    lines = [f"EXP_OUTPUT={home}/exp", f"MODEL={make_model(home / 'base')}", f"STAGE_OVERLAY_DIR={home}"]
+    for name, rate, counts in (("raw_16k", 16000, (20, 6)), ("real_8k", 8000, (8, 6))):
+        for split, count in zip(("train", "dev"), counts, strict=True):
+            rows = []
+            for number in range(count):
+                key = f"{name}-{split}-{number}"
+                time = np.arange(round((1 + number / 10) * rate)) / rate
+                noise = np.random.default_rng([rate, number, len(split)]).normal(0, 0.05, len(time))
+                audio.write(home / f"{key}.wav", noise * (1.2 + np.sin(12 * time)), rate)
+                rows.append({"key": key, "source": f"{key}.wav", "target": "一二三四", "speaker": key})
+            write_jsonl(home / f"{name}_{split}.jsonl", rows)
+            lines.append(f"{name}_{split}".upper() + f"={home}/{name}_{split}.jsonl")
+    (home / f"{STAGES[0]}.yaml").write_text(yaml.safe_dump({"dataset_conf": {"batch_size": BATCH}}))
+    (home / "my.conf").write_text("\n".join(lines) + "\n")
+    return home
+
+
+def make_plan(monkeypatch, capsys, *arguments) -> dict[str, list[str]]:
+    """Cells of the plan's tables by the first of their row, and its text under ""."""
+    monkeypatch.chdir(ROOT)  # main() leaves it there
+    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, arguments)])
+    plan.main()
+    text = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {row[0]: row[1:] for row in rows} | {"": [text]}
+
+
+def epoch_written(corpus, stage):
+    """Rows of the list that make_train_list.py writes from stage 0's output."""
+    data, lists = corpus / "exp/data", corpus / f"stage{stage}"
+    subprocess.run(
+        [sys.executable, ROOT / "local/make_train_list.py", "--stage", str(stage),
+         "--simulated", data / plan.SIMULATED, "--real", data / plan.REAL, "--wideband", data / plan.WIDEBAND,
+         "--real_share", "0.3", "--output", lists / "train.jsonl", "--valid_output", lists / "valid.jsonl"],
+        check=True, capture_output=True)  # fmt: skip
+    return list(read_jsonl(lists / "train.jsonl"))
+
+
+def test_before_stage_0_a_plan_is_made_from_the_corpora_alone(corpus, monkeypatch, capsys):
+    told = make_plan(monkeypatch, capsys, "--config", corpus / "my.conf")
+    assert told["simulated_8k_telephone/train"] == ["20", f"{sum(range(10, 30)) / 10 / 3600:.2f}"]
+    assert [told[f"real_8k_telephone/{split}"][0] for split in ("train", "dev", "test")] == ["8", "3", "3"]
+    assert told["rows an epoch"][2] == "8 real + 2 simulated + 1 wideband"
+    assert "run stage -1 first" in told[""][0] and "GPU memory, estimated" not in told
+    assert told[""][0] == (corpus / "exp/EXPERIMENT_EXECUTION_PLAN.md").read_text() + "\n"
+    assert f"\nbash run_experiment.sh 3 --config {corpus}/my.conf\n" in told[""][0]
+
+
+def test_online_the_simulated_training_audio_is_not_written(corpus, monkeypatch, capsys):
+    written = [
+        float(make_plan(monkeypatch, capsys, "--config", corpus / "my.conf", "--online_channel", online)[""][0]
+              .partition("half), ")[2].partition(" GB")[0])
+        for online in (0, 1)
+    ]  # fmt: skip
+    simulated = sum(range(10, 30)) / 10 * 32000 / 1e9
+    assert written[0] - written[1] == pytest.approx(simulated, abs=0.001)
+
+
+def test_a_plan_has_the_real_models_parameters_and_the_speed_that_was_measured(corpus, monkeypatch, capsys, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model_dir.txt").write_text(str(full_size.build_folder(tmp_path / "base")))
+    speeds = [{"stage": stage, "model": model, "corpus": "turns", "machine": "GPU", "ours": ours}
+              for stage in STAGES[:2] for model, ours in (("full", 0.5), ("mini", 7.0))]  # fmt: skip
+    write_json(tmp_path / "bench/training.json", speeds)
+    told = make_plan(monkeypatch, capsys, "--config", corpus / "my.conf", "--exp_output", tmp_path,
+                     "--real_share", 0, "--wideband_replay", 0)  # fmt: skip
+    assert told["trained parameters"] == [
+        "audio_encoder 221.14 M", "audio_adaptor 12.60 M, ctc_decoder 8.02 M, ctc 31.04 M", "LoRA 2.29 M",
+    ]
+    epochs = yaml.safe_load((ROOT / f"conf/{STAGES[0]}.yaml").read_text())["train_conf"]["max_epoch"]
+    hours = epochs * sum(range(10, 30)) / 10 / 3600 / 0.5
+    assert told["time of all epochs"][0] == f"{hours:.2g} h on one GPU"
+    assert told["time of all epochs"][2] == "not measured: `make bench`"
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "stage 0 needs --raw_16k_train"), (["--real_shar", "1"], "unknown option --real_shar"),
+    (["--config", "nowhere.conf"], "--config nowhere.conf does not exist"),
+])  # fmt: skip
+def test_what_cannot_be_planned_is_refused_in_one_line(tmp_path, arguments, message):
+    command = [sys.executable, ROOT / "local/plan.py", "--exp_output", tmp_path / "exp", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert not (tmp_path / "exp").exists()
+
+
+@pytest.mark.full
+def test_after_stage_0_the_plan_holds_what_training_will_read(corpus, monkeypatch, capsys):
+    subprocess.run(["bash", ROOT / "run_experiment.sh", "-1", "0", "--config", corpus / "my.conf", "--python",
+                    sys.executable, "--max_reject_ratio", "0.5"], check=True, capture_output=True)  # fmt: skip
+    monkeypatch.setenv("CONFIG", str(corpus / "my.conf"))
+    told = make_plan(monkeypatch, capsys, "--real_share", "0.3")
+    data = corpus / "exp/data"
+    for corpus_and_split in [name for name in told if name.endswith(("/train", "/dev", "/test"))]:
+        rows = list(read_jsonl(data / f"{corpus_and_split}_formatted.jsonl"))
+        assert told[corpus_and_split][0] == str(len(rows))
+    for stage in (1, 3):
+        counts = [int(part.split()[0]) for part in told["rows an epoch"][stage - 1].split(" + ")]
+        rows = epoch_written(corpus, stage)
+        assert sum(counts) == len(rows)
+    audio_size = sum(path.stat().st_size for path in data.glob("*/audio*/**/*.flac"))
+    assert f"wrote {audio_size / 1e9:.3f} GB" in told[""][0]
+
+    told = make_plan(monkeypatch, capsys, "--real_share", "0", "--wideband_replay", "0")
+    layers = [ROOT / f"conf/{STAGES[0]}.yaml", corpus / f"{STAGES[0]}.yaml"]
+    conf = effective(read_stage(layers), corpus / "base", 16000)["dataset_conf"]
+    train = str(data / plan.SIMULATED / "train_formatted.jsonl")
+    frontend = type("Frontend", (), {"fs": 16000})
+    dataset = tables.dataset_classes["FunASR"](train, is_training=True, frontend=frontend, tokenizer=None, **conf)
+    sampler = tables.batch_sampler_classes["BatchSampler"](dataset, **conf)["batch_sampler"]
+    assert told["batches an epoch"][0] == f"{len(list(sampler))} of {BATCH} frames and tokens"
+    assert len(list(sampler)) > 3
