@@ -16,10 +16,9 @@ Usage: bash run_experiment.sh <stage> [stop_stage] [--option value ...]     one 
    1  simulated calls, pretrained model -> encoder       4  all models, dev and test sets -> final model, scores
                                                          5  scores -> report, final model folder
 
-A stage that is up to date is not run again; a killed one goes on. What has changed is said. Beforehand, `make plan`
-says what it will take. Relative paths start at the repository. Options (--real_share 0.2, --real-share 0.2, or
-REAL_SHARE=0.2 in the environment; the command line beats the environment beats --config FILE beats
-conf/experiment.conf):
+`make plan` says what it will take. A stage that is up to date is not run again; a killed one goes on. What has
+changed is said. Relative paths start at the repository. Options (--real_share 0.2, --real-share 0.2, or REAL_SHARE=0.2
+in the environment; the command line beats the environment beats --config FILE beats conf/experiment.conf):
 
 EOF
   option_help
