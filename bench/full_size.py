@@ -99,6 +99,7 @@ def step(stage: str, work: Path, seconds: float, utterances: int) -> None:
 
     began = time.perf_counter()
     config = stage_config(work / "model", stage)
+    config["llm_conf"]["llm_dtype"] = "fp32"  # on a CPU, whatever else the machine has
     built, kwargs = AutoModel.build_model(**config | {"device": "cpu", "ncpu": torch.get_num_threads(), "seed": 0})
     batch = make_batch(kwargs, work, seconds, utterances)
     built.train()

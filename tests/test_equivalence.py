@@ -131,18 +131,22 @@ def test_an_utterances_loss_does_not_depend_on_the_batch_it_is_in(folder):
     assert max(losses) > min(losses)
 
 
-def test_what_is_heard_is_what_the_stock_class_hears(folder, monkeypatch):
+def test_what_is_heard_is_what_the_stock_class_hears(tmp_path, monkeypatch):
     from funasr import AutoModel
     from funasr.register import tables
 
-    noise = 0.1 * np.random.default_rng(0).standard_normal((3, 24000)).astype(np.float32)
+    from miniature import build_folder
+
+    folder = build_folder(tmp_path / "model", "一二三四五六七八九零", seed=1)
+    noise = np.random.default_rng(0).standard_normal((4, 32000)).astype(np.float32) / 10
     heard = []
     for model_class, more in ((stock.FunASRNano, {}), (FunASRNano, {"fused_attention": True})):
         monkeypatch.setitem(tables.model_classes, "FunASRNano", model_class)
         model = AutoModel(model=str(folder), disable_update=True, device="cpu", ncpu=1, ctc_decoder=None, **more)
         assert type(model.model) is model_class
         heard.append([model.generate(torch.from_numpy(row), max_length=20)[0]["text"] for row in noise])
-    assert heard[0] == heard[1] and all(heard[0])
+    assert heard[0] == heard[1]
+    assert len(set(heard[0])) > 1, "the random model tells nothing apart, and this test shows nothing"
 
 
 @pytest.mark.parametrize(("stage", "graph"), [(1, True), (2, False), (3, False)])

@@ -31,9 +31,8 @@ class FunASRNano(stock.FunASRNano):
         self, specaug: str | None = None, specaug_conf: dict | None = None, fused_attention: bool = False, **kwargs: Any
     ):
         super().__init__(**kwargs)
-        if fused_attention:
-            for module in (self.audio_encoder, self.audio_adaptor, self.ctc_decoder):
-                fuse(module)
+        for layer in self.modules() if fused_attention else ():  # of encoder, adaptor and CTC branch; weights stay
+            layer.__class__ = FUSED.get(type(layer), type(layer))
         self.specaug = tables.specaug_classes.get(specaug)(**(specaug_conf or {})) if specaug else None
         # Upstream freezes ctc_decoder by its conf but has no switch for the output layer behind it.
         if self.ctc_decoder is not None and kwargs.get("ctc_decoder_conf", {}).get("freeze", False):
@@ -176,8 +175,4 @@ class Fused(MultiHeadedAttention):
         return attend(self, *self.forward_qkv(query, key, value), mask)
 
 
-def fuse(module: torch.nn.Module | None) -> None:
-    """Exchange upstream's attention layers in encoder, adaptor or CTC branch; the weights are kept."""
-    fused = {MultiHeadedAttentionSANM: FusedSANM, MultiHeadedAttention: Fused}
-    for layer in module.modules() if module is not None else ():
-        layer.__class__ = fused.get(type(layer), type(layer))
+FUSED = {MultiHeadedAttentionSANM: FusedSANM, MultiHeadedAttention: Fused}
