@@ -13,8 +13,9 @@ from typing import Any
 
 # As funasr/train_utils/trainer_ds.py, log(), writes them (1.4.16); the first process speaks for all.
 LINE = re.compile(
-    r"\b(?P<tag>train|val), rank: 0, epoch: (?P<epoch>\d+)/(?P<epochs>\d+).*?"
-    r"step_in_slice: (?P<step>\d+)/(?P<steps>\d+).*?total step: (?P<total_step>\d+).*?\(loss_avg_slice: (?P<loss>[^)]+)\).*?\(acc_avg_slice: (?P<acc>[^)]+)\)"
+    r"\b(?P<tag>train|val), rank: 0, epoch: (?P<epoch>\d+)/(?P<epochs>\d+)"
+    r".*?step_in_slice: (?P<step>\d+)/(?P<steps>\d+).*?total step: (?P<total_step>\d+)"
+    r".*?\(loss_avg_slice: (?P<loss>[^)]+)\).*?\(acc_avg_slice: (?P<acc>[^)]+)\)"
     r".*?'total_time': '(?P<seconds>[^']+)'.*?peak: (?P<gpu>[\d.]+) GB"
 )
 WHOLE = ("epoch", "epochs", "step", "steps", "total_step")
