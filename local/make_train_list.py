@@ -91,7 +91,7 @@ def main() -> None:
     if not dev:
         raise UserError("the dev list is empty: no checkpoint could be chosen; see rejected_dev.jsonl of stage 0")
     logging.info("stage %d: %d rows to train on, %d for dev", args.stage, write_jsonl(args.output, rows), len(dev))
-    write_jsonl(args.valid_output, dev)
+    write_jsonl(args.valid_output, number_repeats(dev))
 
 
 if __name__ == "__main__":

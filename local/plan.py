@@ -141,13 +141,18 @@ def sections(options: dict[str, str], given: list[str]) -> Iterator[str]:
         yield f"| {corpus}/{split} | {len(lengths):,} | {hours(lengths):.2f} |"
     yield f"\nRows and hours are {'those of stage 0' if done else f'unfiltered, hours from {SAMPLE} rows of a set'}."
     yield f"Stage 0 {'wrote' if done else 'writes, as WAV (FLAC takes about half),'} {size / 1e9:.3f} GB of audio."
-    heard = sum(hours(lengths) for (corpus, _), lengths in sets.items() if corpus != WIDEBAND)
-    cores = int(options["NUM_WORKERS"] or len(os.sched_getaffinity(0)))
-    bench = output / "bench/stage0.json"
-    facts = json.loads(bench.read_text("utf-8")) if bench.is_file() else None
-    yield "Its time: " + (
-        f"{heard / facts['x_realtime_per_core'] / cores:.2g} h on {cores} cores of {facts['machine']}.\n" if facts else
-        "not measured: `make bench`; `bash test_data_prep.sh` measures ten rows of each corpus.\n")  # fmt: skip
+    heard, bench = sum(hours(sets[name]) for name in sets if name[0] != WIDEBAND), output / "bench/stage0.json"
+    if bench.is_file():
+        facts = json.loads(bench.read_text("utf-8"))
+        yield f"It takes {heard / facts['x_realtime_per_core']:.2g} core-hours on {facts['machine']}.\n"
+    else:
+        yield "Its time is not measured: `make bench`; `bash test_data_prep.sh` measures ten rows of each corpus.\n"
+    if options["ONLINE_CHANNEL"] == "1":
+        speed = "at a speed that is not measured: `make bench`"
+        if (bench := output / "bench/simulation.json").is_file():
+            x_realtime = json.loads(bench.read_text("utf-8"))["x_realtime_per_core"]
+            speed = f"at {min(x_realtime['default_60s'], x_realtime['default_5s'])} audio-seconds a second"
+        yield f"Training draws the channel of every utterance anew; a core does so {speed}.\n"
 
     named, bench, columns = output / "model/model_dir.txt", output / "bench/training.json", []
     for number, name in enumerate(STAGES, 1):

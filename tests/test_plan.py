@@ -87,8 +87,10 @@ def test_a_plan_has_the_real_models_parameters_and_the_speed_that_was_measured(c
     speeds = [{"stage": stage, "model": model, "corpus": "turns", "machine": "GPU", "ours": ours}
               for stage in STAGES[:2] for model, ours in (("full", 0.5), ("mini", 7.0))]  # fmt: skip
     write_json(tmp_path / "bench/training.json", speeds)
+    write_json(tmp_path / "bench/stage0.json", {"x_realtime_per_core": 0.01, "machine": "this machine"})
+    write_json(tmp_path / "bench/simulation.json", {"x_realtime_per_core": {"default_60s": 150, "default_5s": 120}})
     told = make_plan(monkeypatch, capsys, "--config", corpus / "my.conf", "--exp_output", tmp_path,
-                     "--real_share", 0, "--wideband_replay", 0)  # fmt: skip
+                     "--real_share", 0, "--wideband_replay", 0, "--online_channel", 1)  # fmt: skip
     assert told["trained parameters"] == [
         "audio_encoder 221.14 M", "audio_adaptor 12.60 M, ctc_decoder 8.02 M, ctc 31.04 M", "LoRA 2.29 M",
     ]
@@ -96,6 +98,9 @@ def test_a_plan_has_the_real_models_parameters_and_the_speed_that_was_measured(c
     hours = epochs * sum(range(10, 30)) / 10 / 3600 / 0.5
     assert told["time of all epochs"][0] == f"{hours:.2g} h on one GPU"
     assert told["time of all epochs"][2] == "not measured: `make bench`"
+    heard = sum(sum(range(10, 10 + count)) / 10 for count in (20, 6, 8, 6)) / 3600
+    assert f"It takes {heard / 0.01:.2g} core-hours on this machine" in told[""][0]
+    assert "a core does so at 120 audio-seconds a second" in told[""][0]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

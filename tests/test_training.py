@@ -183,3 +183,16 @@ def test_the_stage_list_can_be_written_from_stage_0_files(rows, tmp_path):
     assert helper("make_train_list.py", "--stage", 3, *sources, "--output", tmp_path / "t2.jsonl",
                   "--valid_output", tmp_path / "v2.jsonl").returncode == 2  # fmt: skip
     assert not (tmp_path / "t2.jsonl").exists()
+
+
+def test_corpora_that_use_the_same_keys_make_lists_without_a_key_twice(rows, tmp_path):
+    for name in ("simulated", "real", "wideband"):
+        for split in ("train", "dev"):
+            write_jsonl(tmp_path / name / f"{split}_formatted.jsonl", rows)
+    sources = [part for name in ("simulated", "real", "wideband") for part in (f"--{name}", tmp_path / name)]
+    lists = tmp_path / "train.jsonl", tmp_path / "valid.jsonl"
+    done = helper("make_train_list.py", "--stage", 1, *sources, "--output", lists[0], "--valid_output", lists[1])
+    assert done.returncode == 0, done.stderr
+    for path in lists:
+        keys = [row["key"] for row in read_jsonl(path)]
+        assert len(set(keys)) == len(keys) > len(rows)
