@@ -45,12 +45,13 @@ def read(
     if not 1000 <= rate <= 1_000_000:  # a damaged header: seconds of speech would become hours
         raise AudioError("audio_unreadable", f"{path}: a sampling rate of {rate} Hz")
     _check_channel(channel, samples.shape[1], path)
-    if samples.dtype == np.int16:  # libsndfile's own conversion to float gives the same and takes ten times as long
+    integers = samples.dtype == np.int16
+    if integers:  # libsndfile's own conversion to float gives the same and takes ten times as long
         samples = np.multiply(samples, 1 / 32768, dtype=np.float32)
     samples = samples.mean(axis=1) if channel is None and samples.shape[1] > 1 else samples[:, channel or 0]
     if samples.size == 0:
         raise AudioError("audio_empty", f"no samples between {start or 0.0} s and {end or 'the end'} in {path}")
-    if not (np.abs(samples) < 1e10).all():  # the sum of larger squares would not be finite
+    if not (integers or (np.abs(samples) < 1e10).all()):  # the sum of larger squares would not be finite
         raise AudioError("audio_not_finite", f"NaN, infinite or senselessly large samples in {path}")
     return np.ascontiguousarray(samples, dtype=np.float32), rate
 

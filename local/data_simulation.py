@@ -33,7 +33,7 @@ import numpy as np
 
 import audio
 from common import UserError, atomic_write, batches, file_hash, parallel, progress, run, write_json, write_jsonl
-from corpus import Entry, check_row, count_rows, open_ledger, read_rows
+from corpus import Entry, check_row, count_rows, open_ledger, read_rows, segment
 from telephone import filters, noise
 from telephone.channel import apply, draw, load_config
 from telephone.resample import resample
@@ -84,42 +84,39 @@ def get_args(command: list[str] | None = None) -> argparse.Namespace:
 def simulate_row(row: dict[str, Any], job: Job) -> dict[str, Any]:
     """Simulate one utterance and write its audio; return the output row. Raises audio.AudioError."""
     plan = draw(job["config"], job["seed"], row["key"], job["epoch"])
+    path = f"{job['audio_dir']}/{key_hash(row['key']) >> 56:02x}/{audio.file_name(row['key'], job['suffix'])}"
+    out = {name: value for name, value in row.items() if name not in ("channel", "start", "end", "probe")}
     if "probe" in row:
         samples, fs = noise.render_probe(row["probe"], plan), 8000
     else:
         if isinstance(row.get("channel"), dict):
             raise audio.AudioError("already_simulated", "the row's channel is that of a simulated call")
-        samples, fs = audio.read(row["source"], row.get("channel"), row.get("start"), row.get("end"))
+        cut = segment(row)
+        samples, fs = audio.read(row["source"], **cut)
         if samples.size < 0.1 * fs:
             raise audio.AudioError("too_short", f"{samples.size / fs:.4f} s")
-    path = f"{job['audio_dir']}/{key_hash(row['key']) >> 56:02x}/{audio.file_name(row['key'], job['suffix'])}"
+        out |= {"wideband_source": row["source"]} | {f"wideband_{name}": value for name, value in cut.items()}
     if job["online"]:
-        return wideband_row(row, samples, fs, path, job)
+        source = leave_wideband(row["source"], cut, samples, fs, path, job["output_fs"])
+        return out | {"source": source, "channel": {"online": job["online"]}}
     call = apply(plan, samples, fs, job["output_fs"], row["key"], job["pool"], job["noises"])
     if "probe" not in row and plan["measured"]["sent_dbov"] is None:
         raise audio.AudioError("silent", SILENT)
     audio.write(path, call, job["output_fs"])
-    out = {name: value for name, value in row.items() if name not in ("channel", "start", "end", "probe")}
-    if "probe" not in row:
-        cut = {f"wideband_{name}": row[name] for name in ("channel", "start", "end") if row.get(name) is not None}
-        out |= {"wideband_source": row["source"], **cut}
     return out | {"source": path, "channel": plan}
 
 
-def wideband_row(row: dict[str, Any], samples: np.ndarray, fs: int, path: str, job: Job) -> dict[str, Any]:
-    """The row that training will simulate: its audio mono and at the rate training reads, in place where it is so."""
-    cut = {name: row[name] for name in ("channel", "start", "end") if row.get(name) is not None}
-    if fs < job["output_fs"]:
-        raise audio.AudioError("sampling_rate", f"{fs} Hz is no wideband recording: {row['source']}")
-    heard = resample(samples, fs, job["output_fs"])
-    if noise.active_level(filters.send(heard, 16000, "band", 300.0, 3400.0), 16000) <= noise.SILENT_DBOV:
+def leave_wideband(source: str, cut: dict[str, Any], samples: np.ndarray, fs: int, path: str, output_fs: int) -> str:
+    """The audio that training will simulate: the source where it is mono and at `output_fs`, else written to `path`."""
+    if fs < output_fs:
+        raise audio.AudioError("sampling_rate", f"{fs} Hz is no wideband recording: {source}")
+    heard = resample(samples, fs, output_fs)
+    if noise.active_level(filters.send(heard, output_fs, "band", 300.0, 3400.0), output_fs) <= noise.SILENT_DBOV:
         raise audio.AudioError("silent", SILENT)
-    out = {name: value for name, value in row.items() if name not in cut}
-    if fs != job["output_fs"] or not audio.length(row["source"], **cut).plain:
-        audio.write(path, heard, job["output_fs"])
-        out["source"] = path
-    wideband = {f"wideband_{name}": value for name, value in cut.items()} | {"wideband_source": row["source"]}
-    return out | wideband | {"channel": {"online": job["online"]}}
+    if fs == output_fs and audio.length(source, **cut).plain:
+        return source
+    audio.write(path, heard, output_fs)
+    return path
 
 
 def simulate_part(job: Job, numbered: tuple[int, list[Entry]]) -> str:
