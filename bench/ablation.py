@@ -143,6 +143,9 @@ def table(demo: Path, folders: dict[str, Path], seed: int) -> str:
         lines.append(line(f"{title}, alpha {alpha:g}", folder))
         if alpha < 1:
             lines.append(line(f"{title}, without interpolation", folder, "stage3"))
+    lines += ["", "| alpha, as it is, on dev | telephone | wideband |", "|---|---|---|"]
+    for point in json.loads((demo / "eval/interpolation.json").read_text("utf-8"))["curve"]:
+        lines.append("| {alpha:g} | {telephone_cer:.1%} | {wideband_cer:.1%} |".format(**point).replace("%", ""))
     return "\n".join(lines) + "\n"
 
 

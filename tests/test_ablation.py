@@ -23,7 +23,8 @@ def write_scores(folder: Path, cer: float, alpha: float) -> Path:
         for test_set in ("simulated_test", "real_test", "wideband_test")
     ]  # fmt: skip
     write_json(folder / "eval/summary.json", rows)
-    write_json(folder / "eval/interpolation.json", {"alpha": alpha})
+    curve = [{"alpha": 0.5, "telephone_cer": cer, "wideband_cer": 0.05}]
+    write_json(folder / "eval/interpolation.json", {"alpha": alpha, "curve": curve})
     write_json(folder / "eval/ctc.json", {"base": 0.1, "stage1": 0.2, "stage2": cer})
     return folder
 
@@ -35,6 +36,7 @@ def test_the_table_has_a_line_a_variant_and_one_without_interpolation(tmp_path):
     assert lines[4].startswith("| as it is, alpha 1 | 10.0 (8.0-12.0) | ") and lines[4].endswith("10.0 → 20.0 → 10.0 |")
     assert lines[5].startswith("| without wideband replay, alpha 0.5 | 30.0 (28.0-32.0) | 30.0")
     assert lines[6].startswith("| without wideband replay, without interpolation | 30.0 (28.0-32.0) | 40.0 (38.0-42.0)")
+    assert lines[10] == "| 0.5 | 10.0 | 5.0 |"
 
 
 def test_without_a_demo_it_says_what_to_do_and_writes_nothing(tmp_path):

@@ -15,13 +15,12 @@ import yaml
 
 import audio
 from common import write_jsonl
-from corpus import OPTIONAL
+from corpus import OPTIONAL, Entry
 from corpus_filter import LIMITS
 from mini import ALPHABET, QUICK, STAGES, make_model
 from nano.config import ACCEPTED
-from prepare_training_data import format_row
-from telephone import online
-from telephone.channel import draw, load_config
+from prepare_training_data import format_entry, get_args
+from telephone.channel import apply, draw, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(path for pattern in ("*.md", "docs/*.md", "data/*.md") for path in ROOT.glob(pattern))
@@ -125,21 +124,22 @@ def test_the_data_page_has_every_reason_code_and_no_other():
     assert column((ROOT / "data/README.md").read_text("utf-8"), "reason") - {"wav.scp"} == given
 
 
-def test_the_specification_has_every_field_of_a_formatted_row():
+def test_the_specification_has_every_field_of_a_formatted_row(tmp_path):
     text = (ROOT / "docs/TRAINING_DATA_SPEC.md").read_text("utf-8").partition("## A formatted row")[2]
-    row = dict.fromkeys(OPTIONAL, "x") | {"key": "k", "source": "/a.flac", "target": "好", "speech_length": 9}
-    assert column(text, "field") == format_row(row | {"channel": {}}, 1, "written").keys()
+    audio.write(tmp_path / "a.wav", np.zeros(1600), 16000)
+    row = dict.fromkeys(OPTIONAL, "x") | {"key": "k", "source": str(tmp_path / "a.wav"), "target": "好", "channel": {}}
+    args = get_args(["convert", "--input", "in.jsonl", "--output", "out.jsonl"])
+    assert column(text, "field") == format_entry(Entry(row, row), tmp_path, 0.0, args).row.keys()
 
 
 def test_the_specification_has_every_field_of_a_simulated_rows_channel():
     text = (ROOT / "docs/TRAINING_DATA_SPEC.md").read_text("utf-8").partition("## `channel`")[2]
     config, found = load_config(ROOT / "conf/telephone_channel.yaml", no_babble=True), set()
-    settings = {"pool": [], "noises": [], "output_fs": 16000}
     noise = np.random.default_rng(0).normal(0, 0.05, 4000).astype(np.float32)
     for number in range(600):
         plan = draw(config, 0, f"u{number}")
         if number < 60:
-            online.call(settings, plan, f"u{number}", noise, 16000)
+            apply(plan, noise, 16000, 16000)
         found |= {f"{name}.{inner}" if inner else name for name, value in plan.items()
                   for inner in (value if isinstance(value, dict) else [""])}  # fmt: skip
     assert column(text, "field") == found | {"noise.sources"}  # of babble, for which the corpus is too small here
