@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,11 @@ class Trainer(stock.Trainer):
             weights.save_atomically(content, self.folder / "averaged.pt")
             logging.info("averaged.pt is the mean of %s", ", ".join(best))
         self._describe_rows()  # train.py writes run.json anew; of a resumed run the last epoch may be all done
+        if self.use_ddp and not torch.cuda.is_available():
+            # Gloo's thread drops the tensors of its last work under Python's lock, which torch (2.13) holds when it
+            # waits for that thread to end: seen to hang at the end of a training on two processes.
+            stock.dist.barrier()
+            time.sleep(1)
         super().close(writer or self.writer)  # upstream's main() gives none, and the last curves wait in memory
 
 
