@@ -5,6 +5,7 @@ G.726, M4A ...), then SoX where it is installed (NIST SPHERE with shorten, odd h
 Files are named by their key, so that two keys never share a file and none leaves its folder.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -77,7 +78,8 @@ def write(path: str | os.PathLike, samples: np.ndarray, rate: int) -> None:
             file.write(encoded.getbuffer())
         os.replace(temporary, path)
     except OSError:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):  # a folder that cannot be written to has no file to remove
+            os.unlink(temporary)
         raise
 
 

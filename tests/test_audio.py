@@ -213,3 +213,8 @@ def test_telephone_audio_is_told_by_its_spectrum_not_its_rate():
     assert audio.is_narrow_band(telephone, 16000) and audio.is_narrow_band(noise, 8000)
     assert not audio.is_narrow_band(noise, 16000)
     assert not audio.is_narrow_band(telephone + 0.02 * noise, 16000), "images of a poor resampler are energy too"
+
+
+def test_a_folder_that_cannot_be_written_to_is_what_the_error_says():
+    with pytest.raises(PermissionError):  # root too may create no file there
+        audio.write("/sys/kernel/a.wav", np.zeros(16, np.int16), 8000)
