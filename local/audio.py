@@ -63,19 +63,20 @@ def write(path: str | os.PathLike, samples: np.ndarray, rate: int) -> None:
     The name appears when the file is whole.
     """
     folder, name = os.path.split(path)
-    # Encoded in memory: libsndfile does not say that the disk is full, Python's own write does.
+    plain = samples.dtype == np.int16 and name.endswith(".wav")
     encoded = io.BytesIO()
-    if samples.dtype == np.int16 and name.endswith(".wav"):  # the same bytes in a tenth of the time
-        with wave.open(encoded, "wb") as file:
-            file.setparams((1, 2, rate, 0, "NONE", ""))
-            file.writeframes(samples)
-    else:
+    if not plain:  # encoded in memory: libsndfile does not say that the disk is full, Python's own write does
         soundfile.write(encoded, samples, rate, subtype="PCM_16", format=name.rsplit(".", 1)[1].upper())
     os.makedirs(folder, exist_ok=True)
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(encoded.getbuffer())
+            if plain:  # the same bytes in a tenth of the time
+                with wave.open(file, "wb") as wav:
+                    wav.setparams((1, 2, rate, samples.size, "NONE", ""))
+                    wav.writeframes(samples)
+            else:
+                file.write(encoded.getbuffer())
         os.replace(temporary, path)
     except OSError:
         with contextlib.suppress(OSError):  # a folder that cannot be written to has no file to remove

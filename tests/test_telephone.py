@@ -404,16 +404,36 @@ RESPONSES = {
 }
 
 
-@pytest.mark.parametrize("fs", [8000, 16000])
+@pytest.mark.parametrize("fs, fs_out", [(8000, 8000), (16000, 16000), (16000, 8000)])
 @pytest.mark.parametrize("shape", RESPONSES)
-def test_send_responses_follow_the_published_shapes(shape, fs):
+def test_send_responses_follow_the_published_shapes(shape, fs, fs_out):
     impulse = np.zeros(fs, np.float32)
     impulse[fs // 2] = 1
-    response = filters.send(impulse, fs, shape, 0, 0, None)
+    response = filters.send(impulse, fs, shape, fs_out=fs_out)
     decibels = 20 * np.log10(np.abs(np.fft.rfft(response)) + 1e-9)
     for hz, wanted in zip(HERTZ, RESPONSES[shape], strict=True):
         assert decibels[hz] - decibels[1000] == pytest.approx(wanted, abs=2)
-    assert decibels[50] < -15 and np.argmax(np.abs(response)) == fs // 2
+    assert decibels[50] < -15 and np.argmax(np.abs(response)) == fs_out // 2
+
+
+@pytest.mark.parametrize("hz", [4050, 4500, 6000, 7900])
+def test_halving_the_rate_folds_nothing_back(hz):
+    tone = (0.5 * np.sin(2 * np.pi * hz * np.arange(32000) / 16000)).astype(np.float32)
+    heard = filters.send(tone, 16000, "mobile", fs_out=8000)[1000:-1000]
+    assert noise.rms_level(heard) < noise.rms_level(tone) - 85
+
+
+@pytest.mark.parametrize("shape", ["mobile", "band"])
+@pytest.mark.parametrize("count", [1, 2, 3, 1599, 80001])
+def test_halving_the_rate_in_the_send_response_is_resampling_and_then_the_response(shape, count):
+    wideband = speech(6, 16000)[:count]
+    edges = {"low_hz": 300, "high_hz": 3400} if shape == "band" else {}
+    at_once = filters.send(wideband, 16000, shape, **edges, fs_out=8000)
+    by_steps = filters.send(resample(wideband, 16000, 8000), 8000, shape, **edges)
+    assert at_once.size == by_steps.size
+    if count > 10000:
+        inside = slice(400, -400)
+        assert noise.rms_level((at_once - by_steps)[inside]) < noise.rms_level(by_steps) - 45
 
 
 def test_band_has_the_edges_asked_for():

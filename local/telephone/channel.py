@@ -180,8 +180,7 @@ def apply(
     # Only a wideband first hop needs more than the telephone band; every step before it is linear.
     working_fs = CODECS[plan["hop1"]["codec"]].fs if "hop1" in plan else TELEPHONE_FS
     plan["measured"] = {}
-    speech = resample(samples, fs, working_fs)
-    speech = _mouth_to_line(plan, speech, working_fs, key, pool, noises)
+    speech = _mouth_to_line(plan, samples, fs, working_fs, key, pool, noises)
     speech += sounds.converter(_generator(plan, 6), speech.size)
     if "hop1" in plan:
         speech = _first_hop(plan, speech, round(samples.size * TELEPHONE_FS / fs))
@@ -220,13 +219,18 @@ def _generator(plan: dict, place: int) -> np.random.Generator:
 
 
 def _mouth_to_line(
-    plan: dict, speech: np.ndarray, fs: int, key: str, pool: Sequence[sounds.Recording],
+    plan: dict, speech: np.ndarray, fs_in: int, fs: int, key: str, pool: Sequence[sounds.Recording],
     noises: Sequence[sounds.Recording],
 ) -> np.ndarray:  # fmt: skip
-    """Room, send response, noise, level and limiter. Level and SNR are those of the line, after the send response."""
+    """Room, send response, noise, level and limiter; from `fs_in` to `fs` Hz.
+
+    Level and SNR are those of the line, after the send response.
+    """
+    if "room" in plan or fs_in != 2 * fs:
+        speech, fs_in = resample(speech, fs_in, fs), fs
     if "room" in plan:
         speech = filters.room(_generator(plan, 1), speech, fs, **plan["room"])
-    speech = filters.send(speech, fs, **plan["send"])
+    speech = filters.send(speech, fs_in, fs_out=fs, **plan["send"])
     active = sounds.active_level(speech, fs)
     plan["measured"]["sent_dbov"] = None
     if active > sounds.SILENT_DBOV:

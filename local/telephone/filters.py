@@ -13,7 +13,7 @@ import functools
 import math
 
 import numpy as np
-from scipy.fft import irfft, rfft
+from scipy.fft import fft, ifft, irfft
 from scipy.signal import fftconvolve
 
 from audio import rms_level
@@ -35,58 +35,87 @@ def db_to_gain(db: float) -> float:
 
 
 def send(
-    samples: np.ndarray, fs: int, shape: str, low_hz: float = 0.0, high_hz: float = 0.0, peaks: list | None = None
-) -> np.ndarray:
+    samples: np.ndarray, fs: int, shape: str, low_hz: float = 0.0, high_hz: float = 0.0, peaks: list | None = None,
+    fs_out: int | None = None,
+) -> np.ndarray:  # fmt: skip
     """Apply a send response: a shape of SHAPES with its peaks, or `band`, a plain band-pass low_hz..high_hz.
 
-    `peaks` is a list of [Hz, dB]. At 16 kHz (a wideband leg) a shape goes on flat from 3150 Hz to 7 kHz.
+    `peaks` is a list of [Hz, dB]. At 16 kHz (a wideband leg) a shape goes on flat from 3150 Hz to 7 kHz. With
+    `fs_out` of half `fs` the same filter halves the rate: what lies above its half is 90 dB down.
     """
-    return fir(samples, *_response(fs, shape, low_hz, high_hz, tuple(map(tuple, peaks or ()))))
+    fs_out = fs_out or fs
+    return fir(samples, *_response(fs, fs_out, shape, low_hz, high_hz, tuple(map(tuple, peaks or ()))), fs // fs_out)
 
 
-def fir(samples: np.ndarray, spectrum: np.ndarray, taps: int) -> np.ndarray:
-    """Filter float32 samples without delay by what `linear_phase` made, block by block (overlap-save)."""
+def fir(samples: np.ndarray, spectrum: np.ndarray, taps: int, down: int = 1) -> np.ndarray:
+    """Filter float32 samples without delay by what `linear_phase` made, block by block (overlap-save).
+
+    Every `down`-th sample is returned: of a spectrum that ends at that rate's half no more than that need come back.
+    """
+    # The transform of a complex signal takes less than that of two real ones: the second half is the imaginary part.
     hop = BLOCK - taps + 1
-    blocks = -(-samples.size // hop)
-    padded = np.zeros(blocks * hop + taps - 1, np.float32)
-    part = samples[: padded.size - taps // 2]
-    padded[taps // 2 : taps // 2 + part.size] = part
-    windows = np.ndarray((blocks, BLOCK), np.float32, padded, strides=(4 * hop, 4))
-    spectra = rfft(windows, axis=1)
-    spectra *= spectrum
-    return irfft(spectra, BLOCK, axis=1, overwrite_x=True)[:, taps - 1 :].reshape(-1)[: samples.size]
+    blocks = -(-samples.size // (2 * hop))
+    half = blocks * hop
+    padded = np.zeros(half + taps - 1, np.complex64)
+    delayed = taps // 2
+    first, second = samples[: padded.size - delayed], samples[half - delayed : half - delayed + padded.size]
+    padded.real[delayed : delayed + first.size] = first
+    padded.imag[: second.size] = second
+    spectra = fft(np.ndarray((blocks, BLOCK), np.complex64, padded, strides=(8 * hop, 8)), axis=1)
+    if down == 1:
+        spectra *= spectrum
+    else:
+        edge = BLOCK // down // 2
+        spectra = np.concatenate([spectra[:, :edge], spectra[:, -edge:]], axis=1)
+        spectra *= spectrum
+    filtered = ifft(spectra, axis=1, overwrite_x=True)[:, (taps - 1) // down :]
+    return np.concatenate([filtered.real, filtered.imag], axis=None)[: round(samples.size / down)]
 
 
-def linear_phase(fs: int, gains: np.ndarray) -> tuple[np.ndarray, int]:
+def linear_phase(fs: int, gains: np.ndarray, down: int = 1) -> tuple[np.ndarray, int]:
     """The filter whose gain at 0 .. fs/2, evenly spaced, is `gains`: its spectrum over a block, and its length."""
     half = 127 * fs // 8000  # 31 Hz between the points a filter can follow
-    centred = np.roll(irfft(gains), half)[: 2 * half + 1] * np.hamming(2 * half + 1)
-    return rfft(centred, BLOCK).astype(np.complex64), centred.size
+    response = irfft(gains.astype(np.float32))
+    centred = np.concatenate([response[-half:], response[: half + 1]]) * _window(2 * half + 1)
+    spectrum, edge = fft(centred, BLOCK), BLOCK // down // 2
+    return np.concatenate([spectrum[:edge], spectrum[-edge:]]) / np.float32(down), centred.size
 
 
+@functools.lru_cache
+def _window(taps: int) -> np.ndarray:
+    return np.kaiser(taps, 9.0).astype(np.float32)  # side lobes at -90 dB
+
+
+@functools.lru_cache
 def grid(fs: int) -> np.ndarray:
-    """The frequencies at which `linear_phase` is given gains."""
-    return np.linspace(0.0, fs / 2, 512 * fs // 8000 + 1)
+    """The frequencies at which `linear_phase` is given gains; 1 Hz in place of 0."""
+    return np.maximum(np.linspace(0.0, fs / 2, 512 * fs // 8000 + 1), 1.0)
 
 
 @functools.lru_cache(maxsize=64)
 def _response(
-    fs: int, shape: str, low_hz: float, high_hz: float, peaks: tuple[tuple[float, float], ...]
+    fs: int, fs_out: int, shape: str, low_hz: float, high_hz: float, peaks: tuple[tuple[float, float], ...]
 ) -> tuple[np.ndarray, int]:
-    hz = np.maximum(grid(fs), 1.0)
+    hz = grid(fs)
     if shape == "band":  # the edges of a Butterworth filter of fourth order
-        high_hz = min(high_hz, 0.49 * fs)
-        detuned = (hz - low_hz * high_hz / hz) / (high_hz - low_hz)
-        return linear_phase(fs, 1 / np.sqrt(1 + detuned**8))
+        high_hz = min(high_hz, 0.49 * fs_out)
+        gains = 1 / np.sqrt(1 + ((hz - low_hz * high_hz / hz) / (high_hz - low_hz)) ** 8)
+    else:
+        # A peak is half an octave wide, as a resonance of a small enclosure is.
+        decibels = sum(db * np.exp(-0.5 * (np.log2(hz / peak_hz) / 0.35) ** 2) for peak_hz, db in peaks)
+        gains = _shape(fs, fs_out, shape) * 10 ** (decibels / 20)
+    if fs_out < fs:  # the edges of soxr's HQ, which recordings of other rates come through
+        gains = gains * np.interp(hz, (0.456 * fs_out, 0.4875 * fs_out), (1, 0))
+    return linear_phase(fs, gains, fs // fs_out)
+
+
+@functools.lru_cache
+def _shape(fs: int, fs_out: int, shape: str) -> np.ndarray:
     points = list(zip(FREQUENCIES, SHAPES[shape], strict=True))
-    if fs > 8000:
+    if fs_out > 8000:
         narrow = [(hz, db) for hz, db in points if hz <= 3150]
-        points = [*narrow, (7000, narrow[-1][1]), (fs / 2, -40.0)]
-    decibels = np.interp(hz, *zip(*points, strict=True))
-    for peak_hz, db in peaks:
-        # Half an octave wide, as a resonance of a small enclosure is.
-        decibels += db * np.exp(-0.5 * (np.log2(hz / peak_hz) / 0.35) ** 2)
-    return linear_phase(fs, 10 ** (decibels / 20))
+        points = [*narrow, (7000, narrow[-1][1]), (fs_out / 2, -40.0)]
+    return 10 ** (np.interp(grid(fs), *zip(*points, strict=True)) / 20)
 
 
 def room(rng: np.random.Generator, samples: np.ndarray, fs: int, rt60_s: float, direct_db: float) -> np.ndarray:

@@ -90,7 +90,7 @@ def converter(rng: np.random.Generator, count: int) -> np.ndarray:
 @functools.lru_cache
 def _pink(fs: int) -> tuple[np.ndarray, int]:
     # What lies below the telephone band is left out: it would only push an idle A-law line to one side of zero.
-    hz = np.maximum(grid(fs), 1.0)
+    hz = grid(fs)
     return linear_phase(fs, np.minimum(1.0, (hz / 120.0) ** 2) / np.sqrt(np.maximum(hz, 120.0)))
 
 
