@@ -158,7 +158,7 @@ def _decode_soundfile(path: str, start: float, end: float | None) -> tuple[np.nd
         # No other decoder is asked now: it would return what is left of a damaged file as if it were whole.
         try:
             # GSM in WAV cannot seek.
-            skipped = file.seek(first) if file.seekable() else 0
+            skipped = file.seek(first) if first and file.seekable() else 0
             kind = "int16" if file.subtype == "PCM_16" else "float32"
             samples = file.read(last - skipped, dtype=kind, always_2d=True)[first - skipped :]
         except soundfile.LibsndfileError as error:

@@ -29,6 +29,8 @@ from telephone.resample import resample
 DBM0 = 6.15  # dBm0 of a signal at 0 dBov, A-law
 SILENT_DBOV = -70.0  # speech this faint is lost in 16-bit rounding and the idle noise of an A-law line, -72 dBov
 
+THRESHOLDS = np.arange(-98.0, 0.0, 2.0)  # dBov, that the envelope of speech is held against
+
 # What the four pairs of bits in a byte stand for.
 CONVERTER_STEPS = (((np.arange(256)[:, None] >> np.arange(0, 8, 2) & 3) * 2 - 3) / 32768).astype(np.float32)
 
@@ -50,14 +52,13 @@ def active_level(samples: np.ndarray, fs: int) -> float:
     envelope = lfilter([(1 - keep) ** 2], [1, -2 * keep, keep * keep], envelope)
     hangover = round(0.2 / block_s)
     held = np.sort(maximum_filter1d(envelope, hangover, origin=hangover // 2 - 1, mode="constant"))
-    thresholds = np.arange(-98.0, 0.0, 2.0)
-    active = held.size - np.searchsorted(held, 10 ** (thresholds / 20))
-    thresholds, active = thresholds[active > 0], active[active > 0]
-    if active.size == 0:
+    active = held.size - held.searchsorted(10 ** (THRESHOLDS / 20))
+    count = np.count_nonzero(active)
+    if count == 0:
         return rms_level(samples)
-    levels = 10 * np.log10(energy.sum() / (active * block))
-    margins = levels - thresholds - 15.9
-    above = int(np.argmax(margins <= 0)) or margins.size - 1  # the first threshold too near, else the highest
+    levels = 10 * np.log10(energy.sum() / (active[:count] * block))
+    margins = levels - THRESHOLDS[:count] - 15.9
+    above = int((margins <= 0).argmax()) or count - 1  # the first threshold too near, else the highest
     return float(np.interp(0.0, margins[[above, above - 1]], levels[[above, above - 1]]))
 
 
