@@ -31,8 +31,8 @@ class FunASRNano(stock.FunASRNano):
         self, specaug: str | None = None, specaug_conf: dict | None = None, fused_attention: bool = False, **kwargs: Any
     ):
         super().__init__(**kwargs)
-        for layer in self.modules() if fused_attention else ():  # of encoder, adaptor and CTC branch; weights stay
-            layer.__class__ = FUSED.get(type(layer), type(layer))
+        if fused_attention:
+            fuse_attention(self)
         self.specaug = tables.specaug_classes.get(specaug)(**(specaug_conf or {})) if specaug else None
         # Upstream freezes ctc_decoder by its conf but has no switch for the output layer behind it.
         if self.ctc_decoder is not None and kwargs.get("ctc_decoder_conf", {}).get("freeze", False):
@@ -176,3 +176,9 @@ class Fused(MultiHeadedAttention):
 
 
 FUSED = {MultiHeadedAttentionSANM: FusedSANM, MultiHeadedAttention: Fused}
+
+
+def fuse_attention(model: torch.nn.Module) -> None:
+    """Exchange the attention of encoder, adaptor and CTC branch; their weights stay."""
+    for layer in model.modules():
+        layer.__class__ = FUSED.get(type(layer), type(layer))
