@@ -32,6 +32,7 @@ sys.path[:0] = [str(ROOT / "local"), str(ROOT / "demo")]
 
 import audio  # noqa: E402
 import full_size  # noqa: E402
+import training_run  # noqa: E402
 from common import UserError, run, write_json, write_jsonl  # noqa: E402
 from training_run import Run, build_folder, clock, needed_flops  # noqa: E402
 
@@ -137,19 +138,38 @@ def bench_decoding(corpus: Path, folder: Path, args: argparse.Namespace) -> dict
     from decode import utterance
     from nano import inference
 
+    class Stock(inference.Recogniser):
+        """FunASR's own model class and features, one utterance at a time."""
+
+        def __init__(self, folder: Path, device: str, dtype: str):
+            from funasr import AutoModel
+
+            self.dtype, self.fs = dtype, 16000
+            self.auto_model = AutoModel(
+                model=str(folder), device=device, disable_update=True, ncpu=1, ctc_decoder=None,
+                llm_conf={"llm_dtype": dtype},
+            )  # fmt: skip
+
+        def decode(self, messages: list, **options: Any) -> list[str]:
+            infer = self.auto_model.model.inference_llm
+            return [infer([given], key=["utterance"], **options)[0][0]["text"] for given in messages]
+
     conf = inference.read_conf(ROOT / "conf" / "decode.yaml")
     rows = [json.loads(line) for line in corpus.read_text("utf-8").splitlines()]
-    ours = inference.Recogniser(folder, conf["device"], conf["dtype"])
-    # Noise of random weights does not end by itself: every hypothesis runs to its limit.
-    ours.auto_model.model.llm.generation_config.eos_token_id = None
-    rates: dict[str, list[float]] = {"stock": [], "stock_largest": [], "ours": []}
-    single = rows[:: len(rows) // 4][:4]
+    recognisers = {}
+    for name, cls, classes in (("stock", Stock, training_run.STOCK), ("ours", inference.Recogniser, training_run.OURS)):
+        training_run.register(classes)
+        recognisers[name] = cls(folder, conf["device"], conf["dtype"])
+        # Noise of random weights does not end by itself: every hypothesis runs to its limit.
+        recognisers[name].auto_model.model.llm.generation_config.eos_token_id = None
     many = list(inference.batches(rows[: 4 * conf["batch_size"]], conf["batch_size"], conf["batch_seconds"]))
+    work = {"stock": [[row] for row in rows[:: len(rows) // 4][:4]], "ours": [many[0], many[len(many) // 2]]}
+    rates: dict[str, list[float]] = {"stock": [], "stock_largest": [], "ours": []}
     for _ in range(args.rounds):
-        for name, batches in (("stock", [[row] for row in single]), ("ours", [many[0], many[len(many) // 2]])):
+        for name, batches in work.items():
             began = clock(args.device)
             for batch in batches:
-                ours.transcribe([utterance(row, 16000) for row in batch], 512, 3.0)
+                recognisers[name].transcribe([utterance(row, 16000) for row in batch], 512, 3.0)
             seconds = sum(row["speech_length"] for batch in batches for row in batch) / 100
             rates[name].append(seconds / (clock(args.device) - began))
     middle = {name: round(statistics.median(values), 1) if values else None for name, values in rates.items()}

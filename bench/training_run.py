@@ -41,6 +41,12 @@ from nano.trainer import Trainer as OurTrainer  # noqa: E402
 OURS = classes()
 
 
+def register(given: dict[tuple[str, str], Any]) -> None:
+    """Let FunASR build these classes from now on."""
+    for (table, name), cls in given.items():
+        getattr(tables, table)[name] = cls
+
+
 def build_folder(path: Path, full: bool) -> Path:
     """The miniature's folder, or one of the released model's geometry without weights: random ones are drawn."""
     if not full:
@@ -134,8 +140,7 @@ class Run:
 
     def __init__(self, kind: str, stage: str, folder: Path, corpus: Path, work: Path, device: str):
         self.kind, self.stage, self.device = kind, stage, device
-        for (table, name), cls in (STOCK if kind == "stock" else OURS).items():
-            getattr(tables, table)[name] = cls
+        register(STOCK if kind == "stock" else OURS)
         config = self.config(folder, corpus)
         from funasr import AutoModel
 

@@ -187,7 +187,9 @@ def test_a_batch_that_does_not_fit_the_gpu_is_decoded_in_halves_and_the_log_says
     memory = SmallMemory(recogniser, 3)
     assert transcribe(recogniser, test_set[1][:7], 20) == expected
     assert memory.asked == [7, 3, 3, 1] and recogniser.halved == 1
-    assert "7 utterances at once do not fit the GPU's memory: 3 from here" in caplog.text
+    assert "7 utterances at once do not fit the GPU's memory: from here on" in caplog.text
+    transcribe(recogniser, test_set[1][:7], 20)
+    assert memory.asked[4:] == [3, 3, 1], "what did not fit once is not tried again"
 
 
 def test_one_utterance_that_does_not_fit_the_gpu_is_named(model_dir, test_set):
@@ -293,7 +295,7 @@ def test_the_mix_is_chosen_on_dev_and_without_p_values(tmp_path):
 def test_auto_is_what_it_means_on_this_machine(tmp_path, monkeypatch):
     names = ("device", "dtype", "batch_size", "batch_seconds")
     auto = write_conf(tmp_path / "conf.yaml", **dict.fromkeys(names, "auto"))
-    for gpu, meant in ((False, ["cpu", "fp32", 32, 600]), (True, ["cuda", "bf16", 128, 2400])):
+    for gpu, meant in ((False, ["cpu", "fp32", 32, 600]), (True, ["cuda", "bf16", 256, 9600])):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
         assert [read_conf(auto)[name] for name in names] == meant
     chosen = write_conf(tmp_path / "conf.yaml", device="cuda", batch_size=7)

@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from nano import weights
 
 # What `auto` means on a CPU and on a GPU, which reads its weights once for all rows of a step (not measured). A CPU
 # works on every row until the longest ends: two test sets of the demo took 6 s more of it in batches of 128 than of 32.
-AUTO = {"dtype": ("fp32", "bf16"), "batch_size": (32, 128), "batch_seconds": (600, 2400)}
+AUTO = {"dtype": ("fp32", "bf16"), "batch_size": (32, 256), "batch_seconds": (600, 9600)}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -40,7 +41,8 @@ class Utterance(NamedTuple):
 class Recogniser:
     """A Fun-ASR-Nano model ready to decode; `load` exchanges its weights. `fs` is its frontend's rate in Hz.
 
-    `halved` counts how often a batch did not fit the GPU's memory and went on in halves.
+    `halved` counts how often a batch did not fit the GPU's memory and went on in halves; `most_samples`, with
+    padding, is what did then, and later batches are cut to it.
     """
 
     def __init__(self, model_dir: str | os.PathLike, device: str, dtype: str = "fp32", frontend_fs: int | None = None):
@@ -49,7 +51,7 @@ class Recogniser:
         import nano.dataset  # noqa: F401 -- registers the features of training, in a third of the time
         from nano.model import fuse_attention
 
-        self.dtype, self.halved = dtype, 0
+        self.dtype, self.halved, self.most_samples = dtype, 0, sys.maxsize
         frontend = {"dither": 0.0}  # FunASR's default dither makes transcripts random
         self.auto_model = AutoModel(
             model=str(model_dir), device=device, disable_update=True, ncpu=torch.get_num_threads(),
@@ -80,10 +82,10 @@ class Recogniser:
         A hypothesis is cut at `max_tokens_per_second` of the longest utterance: nobody speaks faster, and one
         repetition loop would otherwise hold up its whole batch until `max_new_tokens`.
         """
-        seconds = max(len(utterance.samples) for utterance in utterances) / self.fs
+        longest = max(len(utterance.samples) for utterance in utterances)
         options = {
             **self.auto_model.kwargs, "llm_dtype": self.dtype, "llm_kwargs": {"do_sample": False, "num_beams": 1},
-            "max_length": min(max_new_tokens, 16 + math.ceil(max_tokens_per_second * seconds)),
+            "max_length": min(max_new_tokens, 16 + math.ceil(max_tokens_per_second * longest / self.fs)),
             "audio_fs": self.fs,  # of the samples; FunASR would take them for 16 kHz
         }
         messages = [[
@@ -94,8 +96,8 @@ class Recogniser:
         ] for utterance in utterances]
         keys = [utterance.key for utterance in utterances]
         texts: list[str] = []
-        size = len(keys)
         while len(texts) < len(keys):
+            size = max(1, min(len(keys) - len(texts), self.most_samples // longest))
             part = slice(len(texts), len(texts) + size)
             try:
                 texts += self.decode(messages[part], **options)
@@ -105,18 +107,19 @@ class Recogniser:
                     raise UserError(f"{keys[len(texts)]} alone does not fit the GPU's memory; see device") from error
             # Out here, where no traceback holds the tensors of the attempt any more.
             torch.cuda.empty_cache()
-            logging.warning("%d utterances at once do not fit the GPU's memory: %d from here to the end of the batch; "
-                            "a smaller batch_seconds saves such attempts", size, size // 2)
-            size //= 2
+            self.most_samples = size // 2 * longest
+            logging.warning("%d utterances at once do not fit the GPU's memory: from here on %.0f s of padded audio at "
+                            "a time; a smaller batch_seconds saves such attempts", size, self.most_samples / self.fs)
             self.halved += 1
         return texts
 
     def decode(
-        self, messages: Sequence[list[dict]], device: str, tokenizer: Any, llm_kwargs: dict, max_length: int, **options: Any
-    ) -> list[str]:
-        """Upstream's _inference_llm_batch (funasr/models/fun_asr_nano/model.py), but the encoder is given all rows at once.
+        self, messages: Sequence[list[dict]], device: str, tokenizer: Any, llm_kwargs: dict, max_length: int,
+        **options: Any,
+    ) -> list[str]:  # fmt: skip
+        """What upstream's _inference_llm_batch does (funasr/models/fun_asr_nano/model.py), the encoder in batches too.
 
-        Upstream's runs on one row after the other, which leaves a GPU waiting for its next small kernel.
+        Upstream gives it one row after the other, which leaves a GPU waiting for its next small kernel.
         """
         from nano.model import place_speech
 
