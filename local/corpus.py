@@ -173,6 +173,14 @@ def _kaldi_lines(path: Path) -> Iterator[tuple[str, str]]:
                 yield head, rest.strip()
 
 
+def _kaldi_table(path: Path) -> dict[str, str]:
+    table: dict[str, str] = {}
+    for head, rest in _kaldi_lines(path):
+        if table.setdefault(head, rest) != rest:
+            raise UserError(f"{path}: {head} has two lines that differ; leave the right one", code=2)
+    return table
+
+
 def _read_kaldi(utterances: Path) -> Iterator[Entry]:
     folder, segments = utterances.parent, utterances.name == "segments"
     text: dict[str, str] = {}
@@ -182,8 +190,8 @@ def _read_kaldi(utterances: Path) -> Iterator[Entry]:
             yield Entry(given, None, "duplicate_key", "a second line of `text` with this key")
         else:
             text[key] = words
-    speakers = dict(_kaldi_lines(folder / "utt2spk"))
-    recordings = dict(_kaldi_lines(folder / "wav.scp")) if segments else {}
+    speakers = _kaldi_table(folder / "utt2spk")
+    recordings = _kaldi_table(folder / "wav.scp") if segments else {}
     unread = dict.fromkeys(text)
     for key, rest in _kaldi_lines(utterances):
         unread.pop(key, None)

@@ -193,6 +193,7 @@ def babble_pool(entries: Iterator[Entry]) -> list[noise.Recording]:
     given = (entry.row for entry in entries if entry.row and "source" in entry.row)
     wideband = (row for row in given if not isinstance(row.get("channel"), dict))
     first = heapq.nsmallest(POOL + POOL // 2, wideband, key=lambda row: key_hash(f"babble {row['key']}"))
+    first = progress(first, len(first), "listening for voices that babble can be made of")
     voices = (noise.Recording(*(row.get(name) for name in noise.Recording._fields)) for row in first)
     return list(itertools.islice(filter(_is_voice, voices), POOL))
 
@@ -212,12 +213,13 @@ def make_job(args: argparse.Namespace) -> Job:
     load = functools.partial(load_config, args.config, *filter(None, presets), **edges)
     load()  # a mistake there is told before a long manifest is read
     noises = noise.read_scp(args.bg_noise_scp) if args.bg_noise_scp else []
-    hashes = (key_hash(entry.row["key"]) for entry in read_entries(args) if entry.row)
-    values, times = np.unique(np.fromiter(hashes, np.uint64), return_counts=True)
-    pool = babble_pool(read_entries(args))
     count = args.no_speech_probe or count_rows(args.input)
     if count == 0:
         raise UserError(f"--input {args.input} has no rows", code=1)
+    entries = progress(read_entries(args), count, "reading keys")
+    hashes = (key_hash(entry.row["key"]) for entry in entries if entry.row)
+    values, times = np.unique(np.fromiter(hashes, np.uint64), return_counts=True)
+    pool = babble_pool(progress(read_entries(args), count, "choosing voices"))
     if pool:
         rows = ({name: value for name, value in voice._asdict().items() if value is not None} for voice in pool)
         write_jsonl(args.output.with_name(f"babble_pool_{args.output.stem}.jsonl"), rows)

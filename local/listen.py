@@ -2,8 +2,8 @@ r"""Write one HTML page of utterances before and after the telephone: a player a
 
     python local/listen.py --input corpus/dev.jsonl --output exp_output/listen/index.html
 
-The channels are drawn as stage 0 draws them, from (seed, key), with the one thing changed that a row's title names.
-The page holds everything it shows; it needs no network.
+Every row is another utterance. Its channel is drawn as stage 0 draws it, from (seed, key); then what the row's title
+names is put in, and the line below says what else there was, by the names of the YAML. The page needs no network.
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>How the si
 <style>body{font:16px/1.45 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}
 .pair{display:flex;flex-wrap:wrap;gap:1rem}.pair>div{flex:1 1 20rem}img,audio{width:100%}h2{margin:2rem 0 0}
 p{margin:.3rem 0}small{color:#666;overflow-wrap:anywhere}</style>
-<h1>How the simulated calls sound</h1><p>The recording, then the call. Distributions: {{ config }}, seed {{ seed }}.</p>
+<h1>How the simulated calls sound</h1>
+<p>Distributions: {{ config }}, seed {{ seed }}. Below each pair, what was drawn.</p>
 {% for row in rows %}<h2>{{ row.title }}</h2><p>{{ row.text }}</p><div class="pair">
-{% for name in ("before", "after") %}<div><audio controls src="{{ row[name].sound }}" aria-label="{{ name }}"></audio>
+{% for name in ("recording", "call") %}
+<div><p>{{ name }}</p><audio controls src="{{ row[name].sound }}" aria-label="{{ name }}"></audio>
 <img src="{{ row[name].picture }}" alt="spectrogram, {{ name }}"></div>
 {% endfor %}</div><small>{{ row.key }}: {{ row.plan }}</small>{% endfor %}</html>
 """
@@ -100,6 +102,16 @@ def shown(samples: np.ndarray) -> dict[str, str]:
     return {n: f"data:{kind};base64,{base64.b64encode(file.getvalue()).decode()}" for n, (kind, file) in data.items()}
 
 
+def described(plan: dict[str, Any]) -> str:
+    """What was drawn and measured, in one line."""
+    items = {name: value if isinstance(value, dict) else {"": value} for name, value in plan.items() if value}
+    del items["draw"]  # the number all noise comes from says nothing to a reader
+    return "; ".join(
+        f"{name} " + ", ".join(f"{what} {value}".strip() for what, value in drawn.items())
+        for name, drawn in items.items()
+    )
+
+
 def main() -> None:
     args = get_args()
     configs = [load_config(args.config, *presets) for _, presets, _ in KINDS]
@@ -111,9 +123,9 @@ def main() -> None:
     for number, ((title, _, changes), config) in enumerate(zip(KINDS, configs, strict=True)):
         row, samples = voices[number % len(voices)]
         plan = draw(config, args.seed, row["key"]) | changes
-        after = from_pcm(apply(plan, samples, FS, FS, row["key"], pool))
-        rows.append({"title": title, "text": row["target"], "key": row["key"], "plan": plan,
-                     "before": shown(samples), "after": shown(after)})  # fmt: skip
+        call = from_pcm(apply(plan, samples, FS, FS, row["key"], pool))
+        rows.append({"title": title, "text": row["target"], "key": row["key"], "plan": described(plan),
+                     "recording": shown(samples), "call": shown(call)})  # fmt: skip
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
     with atomic_write(args.output) as file:
         file.write(page.render(rows=rows, config=args.config, seed=args.seed))

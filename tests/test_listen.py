@@ -56,6 +56,15 @@ def test_every_kind_has_both_sounds_and_both_spectrograms(page):
     assert list(map(html.unescape, re.findall("<h2>(.*?)</h2>", text))) == titles
 
 
+def test_what_was_drawn_is_said_in_words(page):
+    _, text = page
+    lines = dict(zip(re.findall("<h2>(.*?)</h2>", text), re.findall("<small>(.*?)</small>", text), strict=True))
+    assert "hop1 codec amr_nb, kbps 12.2, dtx False" in lines["Mobile: AMR at 12.2 kbit/s"]
+    assert "packet_loss percent 10.0, burst 3.0" in lines["10 % of the packets lost, in bursts"]
+    assert all("measured sent_dbov -" in line and "{" not in line and "draw" not in line for line in lines.values())
+    assert text.count("<p>recording</p>") == text.count("<p>call</p>") == len(listen.KINDS)
+
+
 def test_the_page_needs_no_network_and_runs_nothing_from_a_corpus(page):
     folder, text = page
     assert not re.search(r'(src|href)="(?!data:)', text)

@@ -344,6 +344,14 @@ def test_a_kaldi_folder_with_segments(tmp_path, monkeypatch):
     assert done.returncode == 0 and [row["speech_length"] for row in read_lines(tmp_path / "f.jsonl")] == [200, 600]
 
 
+@pytest.mark.parametrize("name, lines", [("wav.scp", "rec1 a.wav\nrec1 b.wav\n"), ("utt2spk", "a zhang\na li\n")])
+def test_a_kaldi_table_with_two_lines_for_one_id_is_refused(tmp_path, name, lines):
+    for other, text in (("wav.scp", "rec1 a.wav\n"), ("segments", "a rec1 0 1\n"), ("text", "a 好\n"), (name, lines)):
+        (tmp_path / other).write_text(text)
+    done = command("filter", "--input", tmp_path, "--output", tmp_path / "o.jsonl")
+    assert done.returncode == 2 and f"{name}: {lines.split()[0]} has two lines" in done.stderr.splitlines()[-1]
+
+
 # --- split
 
 
