@@ -144,7 +144,7 @@ def bench_decoding(corpus: Path, folder: Path, args: argparse.Namespace) -> dict
         def __init__(self, folder: Path, device: str, dtype: str):
             from funasr import AutoModel
 
-            self.dtype, self.fs = dtype, 16000
+            super().__init__(folder, device, dtype)
             self.auto_model = AutoModel(
                 model=str(folder), device=device, disable_update=True, ncpu=1, ctc_decoder=None,
                 llm_conf={"llm_dtype": dtype},
