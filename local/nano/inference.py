@@ -26,7 +26,6 @@ from nano import weights
 # What `auto` means on a CPU and on a GPU, which reads its weights once for all rows of a step (not measured). A CPU
 # works on every row until the longest ends: two test sets of the demo took 6 s more of it in batches of 128 than of 32.
 AUTO = {"dtype": ("fp32", "bf16"), "batch_size": (32, 256), "batch_seconds": (600, 9600)}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Utterance(NamedTuple):
@@ -121,9 +120,9 @@ class Recogniser:
 
         Upstream gives it one row after the other, which leaves a GPU waiting for its next small kernel.
         """
-        from nano.model import place_speech
+        from nano.model import place_speech, stock
 
-        model, llm = self.auto_model.model, self.auto_model.model.llm.to(DTYPES[self.dtype])
+        model, llm = self.auto_model.model, self.auto_model.model.llm.to(stock.dtype_map[self.dtype])
         rows = [model.data_load_speech(model.data_template(given), tokenizer, **options) for given in messages]
         speech = pad_sequence([row["speech"][0] for row in rows], batch_first=True).to(device)
         encoded, lengths = model.encode(speech, torch.cat([row["speech_lengths"][:, 0] for row in rows]).to(device))
@@ -132,12 +131,11 @@ class Recogniser:
         tokens, _ = model.audio_adaptor(encoded * inside[:, :, None], lengths)
         # Padded on the left: every row goes on from its last position.
         ids = pad_sequence([row["source_ids"][0] for row in rows], True, padding_side="left").to(device)
-        count = torch.tensor([row["source_ids"].shape[1] for row in rows], device=device)[:, None]
-        position = torch.arange(ids.shape[1], device=device) - (ids.shape[1] - count)
-        begin, speech_count = (torch.stack([row[name][0, 0] for row in rows]).to(device)
-                               for name in ("fbank_beg", "fake_token_len"))
-        embeddings = place_speech(
-            llm.model.get_input_embeddings()(ids), tokens, begin + ids.shape[1] - count[:, 0], speech_count)
+        padding = ids.shape[1] - torch.tensor([row["source_ids"].shape[1] for row in rows], device=device)
+        position = torch.arange(ids.shape[1], device=device) - padding[:, None]
+        begin, count = (torch.stack([row[name][0, 0] for row in rows]).to(device)
+                        for name in ("fbank_beg", "fake_token_len"))
+        embeddings = place_speech(llm.model.get_input_embeddings()(ids), tokens, begin + padding, count)
         end = llm.config.eos_token_id if llm.config.pad_token_id is None else llm.config.pad_token_id
         with torch.autocast(torch.device(device).type, enabled=self.dtype != "fp32", dtype=llm.dtype):
             generated = llm.generate(

@@ -44,41 +44,44 @@ def send(
     `fs_out` of half `fs` the same filter halves the rate: what lies above its half is 90 dB down.
     """
     fs_out = fs_out or fs
-    return fir(samples, *_response(fs, fs_out, shape, low_hz, high_hz, tuple(map(tuple, peaks or ()))), fs // fs_out)
+    return fir(samples, *_response(fs, fs_out, shape, low_hz, high_hz, tuple(map(tuple, peaks or ()))))
 
 
-def fir(samples: np.ndarray, spectrum: np.ndarray, taps: int, down: int = 1) -> np.ndarray:
+def fir(samples: np.ndarray, spectrum: np.ndarray, taps: int) -> np.ndarray:
     """Filter float32 samples without delay by what `linear_phase` made, block by block (overlap-save).
 
-    Every `down`-th sample is returned: of a spectrum that ends at that rate's half no more than that need come back.
+    A spectrum of 1/n of a block, which ends at half the rate it stands for, returns every n-th sample.
     """
+    down, delayed, hop = BLOCK // spectrum.size, taps // 2, BLOCK - taps + 1
     # The transform of a complex signal takes less than that of two real ones: the second half is the imaginary part.
-    hop = BLOCK - taps + 1
     blocks = -(-samples.size // (2 * hop))
     half = blocks * hop
     padded = np.zeros(half + taps - 1, np.complex64)
-    delayed = taps // 2
     first, second = samples[: padded.size - delayed], samples[half - delayed : half - delayed + padded.size]
     padded.real[delayed : delayed + first.size] = first
     padded.imag[: second.size] = second
     spectra = fft(np.ndarray((blocks, BLOCK), np.complex64, padded, strides=(8 * hop, 8)), axis=1)
-    if down == 1:
-        spectra *= spectrum
-    else:
-        edge = BLOCK // down // 2
-        spectra = np.concatenate([spectra[:, :edge], spectra[:, -edge:]], axis=1)
-        spectra *= spectrum
+    if down > 1:
+        spectra = _lowest(spectra, spectrum.size)
+    spectra *= spectrum
     filtered = ifft(spectra, axis=1, overwrite_x=True)[:, (taps - 1) // down :]
     return np.concatenate([filtered.real, filtered.imag], axis=None)[: round(samples.size / down)]
 
 
 def linear_phase(fs: int, gains: np.ndarray, down: int = 1) -> tuple[np.ndarray, int]:
-    """The filter whose gain at 0 .. fs/2, evenly spaced, is `gains`: its spectrum over a block, and its length."""
+    """The filter whose gain at 0 .. fs/2, evenly spaced, is `gains`: its spectrum over a block, and its length.
+
+    With `down` the spectrum ends at the half of a rate so many times lower, which `fir` then returns.
+    """
     half = 127 * fs // 8000  # 31 Hz between the points a filter can follow
     response = irfft(gains.astype(np.float32))
     centred = np.concatenate([response[-half:], response[: half + 1]]) * _window(2 * half + 1)
-    spectrum, edge = fft(centred, BLOCK), BLOCK // down // 2
-    return np.concatenate([spectrum[:edge], spectrum[-edge:]]) / np.float32(down), centred.size
+    return _lowest(fft(centred, BLOCK), BLOCK // down) / np.float32(down), centred.size
+
+
+def _lowest(spectra: np.ndarray, count: int) -> np.ndarray:
+    """The `count` frequencies nearest to zero, on both sides of it."""
+    return np.concatenate([spectra[..., : count // 2], spectra[..., -(count // 2) :]], axis=-1)
 
 
 @functools.lru_cache
