@@ -19,6 +19,7 @@ from funasr.register import tables
 from funasr.train_utils.device_funcs import to_device
 from funasr.train_utils.trainer_ds import Trainer as StockTrainer
 from omegaconf import OmegaConf
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = (("model_classes", "FunASRNano"), ("dataset_classes", "FunASR"), ("frontend_classes", "WavFrontend"),
@@ -36,6 +37,7 @@ import full_size  # noqa: E402
 import miniature  # noqa: E402
 import nano.dataset  # noqa: E402
 import nano.model  # noqa: E402, F401
+from nano.batch_size import fit  # noqa: E402
 from nano.trainer import Trainer as OurTrainer  # noqa: E402
 
 OURS = classes()
@@ -77,6 +79,17 @@ def needed_flops(model: torch.nn.Module, stage: str, frames: int, tokens: int, l
         encoder * weights(model.audio_encoder) * frames + adaptor * weights(model.audio_adaptor) * frames / downsample
         + llm * weights(model.llm.model.layers) * tokens + llm * model.llm.lm_head.weight.numel() * labels
     )
+
+
+class RandomOnGPU(TorchDispatchMode):
+    """Draws the random weights of a model built on the CPU on the GPU, in a fraction of the 20 s of one core."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten, kwargs = torch.ops.aten, kwargs or {}
+        if func not in (aten.normal_.default, aten.uniform_.default) or not torch.cuda.is_available():
+            return func(*args, **kwargs)
+        kwargs.pop("generator", None)
+        return args[0].copy_(func(torch.empty_like(args[0], device="cuda"), *args[1:], **kwargs))
 
 
 class Meter:
@@ -147,7 +160,8 @@ class Run:
         Run.alive = [run for run in Run.alive if (run.stage, run.corpus) == (stage, corpus)]
         self.corpus = corpus
         gc.collect()
-        model, self.kwargs = AutoModel.build_model(**config)
+        with RandomOnGPU():
+            model, self.kwargs = AutoModel.build_model(**config)
         self.kwargs.pop("model", None)
         OurTrainer.initial, OurTrainer.lora = "", None
         base = StockTrainer if kind == "stock" else OurTrainer
@@ -180,8 +194,9 @@ class Run:
         if self.device == "cpu":
             config["dataset_conf"]["num_workers"] = 0
         if self.kind == "stock":
-            for key in ("fused_attention", "specaug", "specaug_conf"):
+            for key in ("compiled_layers", "fused_attention", "specaug", "specaug_conf"):
                 config.pop(key, None)
+            config["optim_conf"].pop("fused")
             config["dataset_conf"].pop("num_workers" if self.device == "cuda" else "", None)
         config = download_model(is_training=True, **config)
         config["dataset_conf"] |= {"data_split_num": 1, "prompt_classes": None, "max_token_length": 14000}
@@ -206,6 +221,7 @@ class Run:
             self.dataset, batch_sampler=Chosen(batches), collate_fn=self.dataset.collator, **arguments
         )
         meter = Meter(loader, self)
+        self.alone()
         self.trainer.step_in_epoch = 0
         self.trainer.train_epoch(
             model=self.model, optim=self.optim, scheduler=self.scheduler, scaler=None, dataloader_train=meter,
@@ -218,24 +234,45 @@ class Run:
         step = max(1, len(self.dataset) // 3)
         return self.dataset.collator([self.dataset[row] for row in range(0, 3 * step, step)])
 
+    def alone(self) -> None:
+        """Leave PyTorch's choice of attention kernels as this variant finds it or sets it, for all of the process."""
+        torch.backends.cuda.enable_cudnn_sdp(self.kind == "stock")
+
     def loss(self, batch: dict[str, Any]) -> float:
-        """The LLM's loss on a batch, without dropout and CTC, in the precision of training."""
+        """The LLM's loss on a batch, without dropout, CTC and compilation, in the precision of training."""
         weight, self.model.ctc_weight = self.model.ctc_weight, 0
+        self.alone()
         self.model.train(False)
         result: dict[str, Any] = {}
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             batch = to_device(copy.deepcopy(batch), self.trainer.device)
             StockTrainer.forward_step(self.trainer, self.model, batch, result)
         self.model.ctc_weight = weight
         return round(result["stats"]["loss"].item(), 6)
 
+    def fitting(self) -> int:
+        """The recipe's own choice of a batch size, which compiles the layers too."""
+        arguments = self.sampler(self.dataset, **self.kwargs["dataset_conf"])
+        tokens = arguments["batch_sampler"].stock.batch_size
+        loader = torch.utils.data.DataLoader(self.dataset, collate_fn=self.dataset.collator, **arguments)
+        self.alone()
+        return fit(self.trainer, self.model, self.optim, loader) or tokens
+
     def probe(self, tokens: int) -> float | None:
-        """Peak bytes of steps on batches of the longest rows, or None where they do not fit."""
-        lengths = {index: self.dataset.get_source_len(index) for index in range(len(self.dataset))}
-        longest = sorted(lengths, key=lengths.get)[-max(1, tokens // max(lengths.values())) :]
+        """Peak bytes of steps on a batch of the longest row, or None where it does not fit."""
+        row = max(range(len(self.dataset)), key=self.dataset.get_source_len)
         self.dataset.batch_size_token_max = float("inf")
+        batch = self.dataset.collator([self.dataset[row]] * max(1, tokens // self.dataset.get_source_len(row)))
+        self.alone()
+        self.model.train()
+        torch.cuda.reset_peak_memory_stats()
         try:
-            return self.train([longest] * (WARM_UP + 1), {"num_workers": 8}).peak_gib * 2**30
+            for _ in range(2):
+                result: dict[str, Any] = {"batch_idx": 0}
+                StockTrainer.forward_step(self.trainer, self.model, to_device(batch, self.trainer.device), result)
+                StockTrainer.backward_step(self.trainer, self.model, None, result)
+                StockTrainer.update_step(self.trainer, self.model, self.optim, self.scheduler, None, result)
+            return torch.cuda.max_memory_allocated() - self.others()
         except torch.cuda.OutOfMemoryError:
             self.optim.zero_grad(set_to_none=True)
             return None

@@ -13,7 +13,7 @@ import nano.dataset
 import nano.model
 from common import UserError
 from nano.batch_size import largest
-from nano.model import FunASRNano
+from nano.model import FunASRNano, compile_layers
 
 MODULES = ("audio_encoder", "audio_adaptor", "ctc_decoder")
 STAGE_TRAINS = {1: {"audio_encoder"}, 2: {"audio_adaptor", "ctc_decoder"}, 3: set()}
@@ -60,9 +60,9 @@ def batch(rows: int = 3) -> dict:
     }  # fmt: skip
 
 
-def loss_and_gradients(model: torch.nn.Module) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(model: torch.nn.Module, part: dict | None = None) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
-    loss, stats, _ = model(**copy.deepcopy(batch()))
+    loss, stats, _ = model(**copy.deepcopy(part or batch()))
     loss.backward()
     return stats["loss"].item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -71,8 +71,7 @@ def upstream(model: FunASRNano) -> torch.nn.Module:
     """The same weights in upstream's class, with its forward and its attention."""
     theirs = copy.deepcopy(model)
     theirs.__class__ = type("Stock", (FunASRNano,), {"forward": stock.FunASRNano.forward})
-    classes = {nano.model.FusedSANM: nano.model.MultiHeadedAttentionSANM,
-               nano.model.Fused: nano.model.MultiHeadedAttention}  # fmt: skip
+    classes = {ours: theirs for theirs, ours in nano.model.FUSED.items()}
     for layer in theirs.modules():
         layer.__class__ = classes.get(type(layer), type(layer))
     return theirs
@@ -114,6 +113,68 @@ def test_fused_attention_leaves_the_ctc_loss_alone(folder):
     assert any(name.startswith("ctc_decoder.blocks") for name in gradients)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-6)
+
+
+def test_packed_utterances_are_encoded_as_those_of_a_padded_batch(folder, monkeypatch):
+    """What a GPU does, with its attention within segments replaced by PyTorch's, segment by segment."""
+    model = build(folder, 1, ctc_weight=0.3, fused_attention=True)
+    loss, gradients = loss_and_gradients(model)
+    seen = []
+
+    def attend_each(q, k, v, bounds, longest, dropout):
+        seen.append(bounds.tolist())
+        lengths = np.diff(seen[-1]).tolist()
+        assert seen[-1][0] == 0 and seen[-1][-1] == len(q) and max(lengths) <= longest
+        parts = zip(*(heads.transpose(0, 1).split(lengths, 1) for heads in (q, k, v)), strict=True)
+        attended = [torch.nn.functional.scaled_dot_product_attention(*part) for part in parts]
+        return torch.cat(attended, 1).transpose(0, 1)
+
+    monkeypatch.setattr(nano.model, "attend_each", attend_each)
+    monkeypatch.setattr(nano.model.FusedEncoder, "packs", lambda self, x: True)
+    packed, packed_gradients = loss_and_gradients(model)
+    assert seen[0] == [0, 40, 45, 69, 74, 90, 95], "three utterances, after each a gap of half the kernel of 11"
+    assert packed == pytest.approx(loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_symbols_that_fill_up_a_matrix_are_never_likely(folder):
+    """The output layer is widened to a multiple of 8 symbols for speed: as the CTC loss of the plain layer."""
+    model = build(folder, 2, ctc_weight=0.3)
+    assert model.ctc.ctc_lo.out_features % 8
+    encoded, lengths = torch.randn(2, 20, 32), torch.tensor([20, 13])
+    symbols = model._ctc_targets([{"assistant": ["一二三"]}, {"assistant": ["五"]}], lengths)
+    decoded, _ = model.ctc_decoder(encoded, lengths)
+    expected = torch.nn.functional.ctc_loss(
+        model.ctc.log_softmax(decoded).transpose(0, 1), symbols[0], symbols[2], symbols[1], blank=model.blank_id,
+        zero_infinity=True,
+    )  # fmt: skip
+    assert model._ctc_loss(encoded, lengths, *symbols).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.full
+def test_compiled_layers_give_the_same_loss_and_gradients_for_batches_of_any_shape(folder):
+    """As on a GPU, with PyTorch's compiler for the CPU; how often it compiles does not grow with the shapes."""
+    from torch._dynamo.utils import counters
+
+    model = build(folder, 3, ctc_weight=0, fused_attention=True)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    shapes = [(3, 40), (2, 31), (3, 33)]
+    parts = [{name: value[:rows] for name, value in batch().items()} for rows, _frames in shapes]
+    for part, (_rows, frames) in zip(parts, shapes, strict=True):
+        part["speech"] = part["speech"][:, :frames]
+        part["speech_lengths"] = part["speech_lengths"].clamp(max=frames)
+    plain = [loss_and_gradients(model, part) for part in parts]
+    compile_layers(model)
+    for part, (expected, expected_gradients) in zip(parts, plain, strict=True):
+        loss, gradients = loss_and_gradients(model, part)
+        assert loss == pytest.approx(expected, rel=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-6)
+    # The encoder's first layer, which has another width, its others, and the LLM's.
+    assert counters["stats"]["unique_graphs"] == 3
 
 
 def test_an_utterances_loss_does_not_depend_on_the_batch_it_is_in(folder):

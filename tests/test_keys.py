@@ -7,6 +7,7 @@ import copy
 import inspect
 import re
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -76,6 +77,11 @@ def dropouts(lab, config):
 
 def layers(lab, config):
     return sorted({type(module).__name__ for module in build_on_meta(config).modules()})
+
+
+def compiled(lab, config):
+    with mock.patch("torch.cuda.is_available", return_value=True):
+        return [module._compiled_call_impl is not None for module in build_on_meta(config).modules()]
 
 
 def lora_scale(lab, config):
@@ -199,6 +205,7 @@ ALIVE = {
     "llm_conf.lora_conf.target_modules": (["q_proj"], ["v_proj"], trained, LORA),
     "ctc_weight": (0.0, 0.5, loss, {}),
     "detach_ctc_decoder": (True, False, loss, {"ctc_decoder_conf.freeze": False}),
+    "compiled_layers": (True, False, compiled, {}),
     "fused_attention": (True, False, layers, {}),
     "frontend_conf.dither": (0.0, 1.0, features, {}),
     "specaug": (None, "SpecAugLFR", masked, {}),
@@ -214,6 +221,7 @@ ALIVE = {
     "optim_conf.lr": (1e-3, 1e-4, optimiser, {}),
     "optim_conf.betas": ([0.9, 0.98], [0.9, 0.999], optimiser, {}),
     "optim_conf.weight_decay": (0.0, 0.1, optimiser, {}),
+    "optim_conf.fused": (True, False, optimiser, {}),
     "scheduler": ("warmuplr", "noamlr", optimiser, {}),
     "scheduler_conf.warmup_steps": (10, 1000, optimiser, {}),
     "train_conf.max_epoch": (1, 2, setting, {}),

@@ -34,18 +34,24 @@ def largest(asked: int, longest: int, fits: Callable[[int], bool]) -> int:
 
 
 def gpu_bytes(model: torch.nn.Module, config: dict[str, Any], frames: int, longest: int) -> float:
-    """Rough memory of a step on batches of `frames` 10 ms frames: weights, gradients, AdamW, activations."""
+    """Rough memory of a step on batches of `frames` 10 ms frames: weights, gradients, AdamW, activations.
+
+    On an H100, where it says 52 GiB for 120,000 frames of stage 1, 48 were used.
+    """
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     fixed = sum(p.numel() * p.element_size() for p in model.parameters()) + 12 * trained
     encoder, llm = config["audio_encoder_conf"], model.llm.config
     seen, tokens = frames / 6, frames / 20  # encoder frames; a speech token per 48, and text and prompt
-    # What backward needs of each layer in fp32 (norms, projections, feed-forward, upstream's matrix of scores).
+    # What backward needs of each layer: norms, projections, feed-forward, upstream's matrix of scores; compiled layers
+    # make half of it again.
     scores = 0 if config.get("fused_attention") else 3 * encoder["attention_heads"] * longest / 6
-    layer = 11 * encoder["output_size"] + 3 * encoder["linear_units"] + scores
+    layer = 8 * encoder["output_size"] + 2 * encoder["linear_units"] + scores
+    kept = layer * (2 if config.get("compiled_layers") else 4)
     layers = encoder["num_blocks"] + encoder.get("tp_blocks", 0)
-    heard = seen * layer * layers * 4 * any(p.requires_grad for p in model.audio_encoder.parameters())
-    said = tokens * llm.num_hidden_layers * (12 * llm.hidden_size + 3 * llm.intermediate_size) * 4
-    return fixed + heard + said + tokens / 2 * llm.vocab_size * 12
+    heard = seen * kept * layers * any(p.requires_grad for p in model.audio_encoder.parameters())
+    said = tokens * llm.num_hidden_layers * (12 * llm.hidden_size + 3 * llm.intermediate_size) * 2
+    spelt = seen * model.ctc.ctc_lo.out_features if model._ctc_learns() else 0
+    return fixed + heard + said + 12 * (spelt + tokens / 2 * llm.vocab_size)
 
 
 def fit(trainer: stock.Trainer, model: torch.nn.Module, optim: torch.optim.Optimizer, loader: Any) -> int | None:
@@ -76,6 +82,8 @@ def fit(trainer: stock.Trainer, model: torch.nn.Module, optim: torch.optim.Optim
             bare.zero_grad(set_to_none=True)
             return False
 
+    logging.info("trying how large batches may be, up to %d frames and tokens; layers are compiled on the way, which "
+                 "takes a minute or two", sampler.batch_size)  # fmt: skip
     torch.cuda.set_per_process_memory_fraction(SHARE)
     try:
         tokens = largest(sampler.batch_size, length(dearest[0]), fits)

@@ -25,7 +25,7 @@ import yaml
 from common import UserError
 
 SECTIONS = {
-    "": "ctc_weight detach_ctc_decoder fused_attention specaug optim scheduler",
+    "": "compiled_layers ctc_weight detach_ctc_decoder fused_attention specaug optim scheduler",
     "audio_encoder_conf": "freeze dropout_rate attention_dropout_rate",
     "audio_adaptor_conf": "freeze dropout_rate attention_dropout_rate",
     "ctc_decoder_conf": "freeze dropout_rate attention_dropout_rate",
@@ -34,7 +34,7 @@ SECTIONS = {
     "frontend_conf": "dither",
     "specaug_conf": "apply_time_warp apply_freq_mask freq_mask_width_range num_freq_mask lfr_rate apply_time_mask "
     "time_mask_width_range num_time_mask",
-    "optim_conf": "lr betas weight_decay",
+    "optim_conf": "lr betas weight_decay fused",
     "scheduler_conf": "warmup_steps",
     "train_conf": "max_epoch accum_grad grad_clip use_bf16 use_deepspeed deepspeed_config early_stopping_patience "
     "keep_nbest_models avg_nbest_model avg_keep_nbest_models_type log_interval validate_interval "

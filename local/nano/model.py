@@ -7,7 +7,10 @@ What differs from funasr/models/fun_asr_nano/model.py (1.4.16):
   * LoRA parameters are fp32 beside a bf16 LLM: in bf16 steps of 1e-5 are rounded away;
   * logits are computed where a label is, not at all positions x 151,936 symbols. Same loss, less memory;
   * the LLM is given no attention mask: its padding is on the right. Same loss;
-  * `fused_attention` computes attention without its matrix of scores. Same loss, a fraction of the memory.
+  * what must be read back from the GPU is read before the encoder starts; upstream waits for it several times a step;
+  * `fused_attention` computes attention without its matrix of scores, and on a GPU lets utterances through the encoder
+    one after another, without padding. Same loss, a fraction of the memory;
+  * `compiled_layers` lets torch.compile fuse the small operations of each layer, on a GPU. Same loss within bf16 noise.
 """
 
 from __future__ import annotations
@@ -16,12 +19,15 @@ from typing import Any
 
 import torch
 from funasr.models.fun_asr_nano import model as stock
-from funasr.models.sense_voice.model import MultiHeadedAttentionSANM
+from funasr.models.llm_asr.adaptor import Transformer
+from funasr.models.sense_voice.model import MultiHeadedAttentionSANM, SenseVoiceEncoderSmall
 from funasr.models.transformer.attention import MultiHeadedAttention
 from funasr.register import tables
 from funasr.train_utils.device_funcs import force_gatherable
 
 IGNORE = -100
+# It plans anew for every shape, 0.1 s and more at a time (H100, torch 2.11), and batches seldom share their shape.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @tables.register("model_classes", "FunASRNano")
@@ -29,11 +35,14 @@ class FunASRNano(stock.FunASRNano):
     """Training-time FunASRNano; inference is inherited unchanged."""
 
     def __init__(
-        self, specaug: str | None = None, specaug_conf: dict | None = None, fused_attention: bool = False, **kwargs: Any
-    ):
+        self, specaug: str | None = None, specaug_conf: dict | None = None, fused_attention: bool = False,
+        compiled_layers: bool = False, **kwargs: Any,
+    ):  # fmt: skip
         super().__init__(**kwargs)
         if fused_attention:
             fuse_attention(self)
+        if compiled_layers and torch.cuda.is_available():
+            compile_layers(self)
         self.specaug = tables.specaug_classes.get(specaug)(**(specaug_conf or {})) if specaug else None
         # Upstream freezes ctc_decoder by its conf but has no switch for the output layer behind it.
         if self.ctc_decoder is not None and kwargs.get("ctc_decoder_conf", {}).get("freeze", False):
@@ -83,51 +92,67 @@ class FunASRNano(stock.FunASRNano):
         if fbank_beg.shape[1] != 1:
             raise ValueError(f"{fbank_beg.shape[1]} turns of speech in one row; this recipe trains on one")
         lengths = speech_lengths[:, 0]
+        # Position t predicts token t + 1; labels below 0 are the prompt's and the collator's padding.
+        labels = torch.nn.functional.pad(labels_ids[:, 1:], (0, 1), value=IGNORE).flatten()
+        positions = (labels >= 0).nonzero()[:, 0]
+        targets = labels[positions]
+        symbols = self._ctc_targets(item, lengths) if self._ctc_learns() else None
+
         if self.specaug is not None and self.training:
             speech, _unchanged = self.specaug(speech, lengths)
         encoder_out, encoder_lens = self.encode(speech, lengths)
+        loss_ctc = self._ctc_loss(encoder_out, encoder_lens, *symbols) if symbols else None
         speech_tokens, _lens = self.audio_adaptor(encoder_out, encoder_lens)
         embeddings = self.llm.model.get_input_embeddings()(input_ids.clamp(min=0))
         embeddings = place_speech(embeddings, speech_tokens, fbank_beg[:, 0], fake_token_len[:, 0])
+        if not embeddings.requires_grad:  # of LoRA, or the LLM's first layer would be compiled apart from the others
+            embeddings.requires_grad_()
 
         dtype = stock.dtype_map[self.llm_dtype]
         with torch.autocast(embeddings.device.type, enabled=dtype != torch.float32, dtype=dtype):
             # Padding is on the right: what is before it cannot see it. Without a mask, PyTorch has a faster attention.
-            hidden = self.llm.model(inputs_embeds=embeddings.to(dtype), use_cache=False).last_hidden_state
-            # Position t predicts token t + 1; -1 is the collator's padding.
-            labels = labels_ids[:, 1:].masked_fill(labels_ids[:, 1:] == -1, IGNORE)
-            labelled = labels != IGNORE
-            logits = self.llm.lm_head(hidden[:, :-1][labelled])
-        targets = labels[labelled]
+            hidden = self.llm.model(
+                inputs_embeds=embeddings.to(dtype), attention_mask={"full_attention": None}, use_cache=False
+            ).last_hidden_state
+            logits = self.llm.lm_head(hidden.flatten(0, 1).index_select(0, positions))
         loss_llm = torch.nn.functional.cross_entropy(logits.float(), targets)
         loss = loss_llm
         stats = {"loss_llm": loss_llm.detach(), "acc": (logits.detach().argmax(-1) == targets).float().mean()}
-
-        if self._ctc_learns(encoder_out):
-            loss_ctc = self._ctc_loss(encoder_out, encoder_lens, [row["assistant"][0] for row in item])
+        if loss_ctc is not None:
             loss = loss + self.ctc_weight * loss_ctc
             stats["loss_ctc"] = loss_ctc.detach()
         stats["loss"] = loss.detach()
-        stats["batch_size"] = len(input_ids)
-        return force_gatherable((loss, stats, len(input_ids)), loss.device)
+        stats["batch_size"] = torch.full((1,), len(input_ids), device=loss.device)
+        return force_gatherable((loss, stats, stats["batch_size"]), loss.device)
 
-    def _ctc_learns(self, encoder_out: torch.Tensor) -> bool:
+    def _ctc_learns(self) -> bool:
         """Whether the CTC loss has a weight and something to train; in validation, whether training has."""
         if self.ctc_decoder is None or not self.ctc_weight:
             return False
         reaches_encoder = not self.detach_ctc_decoder and any(p.requires_grad for p in self.audio_encoder.parameters())
         return reaches_encoder or any(p.requires_grad for p in self.ctc.parameters())
 
-    def _ctc_loss(self, encoder_out: torch.Tensor, lengths: torch.Tensor, texts: list[str]) -> torch.Tensor:
+    def _ctc_targets(self, rows: list[dict], lengths: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
+        """Symbols of all rows in a row on the lengths' device, how many each row has, and its decoded frames."""
+        encoded = [self.ctc_tokenizer.encode(row["assistant"][0]) for row in rows]
+        symbols = torch.tensor([token for text in encoded for token in text], device=lengths.device)
+        frames = ((lengths - 1) // self.ctc_decoder.k + 1).tolist()
+        return symbols, [len(text) for text in encoded], frames
+
+    def _ctc_loss(
+        self, encoder_out: torch.Tensor, lengths: torch.Tensor, symbols: torch.Tensor, counts: list[int],
+        frames: list[int],
+    ) -> torch.Tensor:  # fmt: skip
         source = encoder_out.detach() if self.detach_ctc_decoder else encoder_out
-        decoded, decoded_lens = self.ctc_decoder(source, lengths)
-        log_probs = self.ctc.log_softmax(decoded).transpose(0, 1).float()
-        encoded = [self.ctc_tokenizer.encode(text) for text in texts]
-        targets = torch.tensor([token for text in encoded for token in text], device=source.device)
-        target_lens = torch.tensor([len(text) for text in encoded], device=source.device)
+        decoded, _lens = self.ctc_decoder(source, lengths)
+        # 60,515 symbols: matrix products have slow kernels only for a width that is no multiple of 8.
+        output, more = self.ctc.ctc_lo, -self.ctc.ctc_lo.out_features % 8
+        weight = torch.nn.functional.pad(output.weight, (0, 0, 0, more))
+        bias = torch.nn.functional.pad(output.bias, (0, more), value=-1e4)
+        log_probs = torch.nn.functional.linear(decoded, weight, bias).log_softmax(-1).transpose(0, 1).float()
         # An utterance with more symbols than frames has no alignment; it would turn the whole batch infinite.
         return torch.nn.functional.ctc_loss(
-            log_probs, targets, decoded_lens, target_lens, blank=self.blank_id, zero_infinity=True
+            log_probs, symbols, frames, counts, blank=self.blank_id, zero_infinity=True
         )
 
 
@@ -157,14 +182,69 @@ def attend(layer: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Te
     return layer.linear_out(heads.transpose(1, 2).flatten(2))
 
 
+def attend_each(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, longest: int, dropout: float
+) -> torch.Tensor:
+    """Attention within each of the segments bounds[i]:bounds[i + 1] of (frames, head, d_k), on a GPU.
+
+    PyTorch's own flash attention, which knows no mask but segments; its public `varlen_attn` has no dropout.
+    """
+    flash = torch.ops.aten._flash_attention_forward
+    return flash(q, k, v, bounds, bounds, longest, longest, dropout, False, False)[0]
+
+
 class FusedSANM(MultiHeadedAttentionSANM):
-    """SenseVoice's self-attention with its convolutional memory."""
+    """SenseVoice's self-attention with its convolutional memory; of packed utterances, with their segments."""
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor, mask_shfit_chunk=None, mask_att_chunk_encoder=None):
         q, k, v, value = self.forward_qkv(x)
-        if mask_att_chunk_encoder is not None:
-            mask = mask * mask_att_chunk_encoder
-        return attend(self, q, k, v, mask) + self.forward_fsmn(value, mask, mask_shfit_chunk)
+        if mask_att_chunk_encoder is None:
+            attended = attend(self, q, k, v, mask)
+        else:
+            heads = (head[0].transpose(0, 1) for head in (q, k, v))
+            dropout = self.dropout.p if self.training else 0.0
+            attended = self.linear_out(attend_each(*heads, *mask_att_chunk_encoder, dropout).flatten(1))[None]
+        return attended + self.forward_fsmn(value, mask, mask_shfit_chunk)
+
+
+class FusedEncoder(SenseVoiceEncoderSmall):
+    """SenseVoice's encoder; under autocast on a GPU it packs the utterances of a batch, without padding.
+
+    Then attention needs no mask, which PyTorch's fast kernels do not take. Between two utterances is a gap as long as
+    the convolution reaches, a segment of its own.
+    """
+
+    def forward(self, xs_pad: torch.Tensor, ilens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.embed(xs_pad * self.output_size() ** 0.5)
+        (batch, frames), lengths = x.shape[:2], ilens.int()
+        inside = torch.arange(frames, device=x.device) < lengths[:, None]
+        if not self.packs(x):
+            return self.through(x, inside[:, None, :].to(x.dtype)), lengths
+        gap = max(self.encoders0[0].self_attn.pad_fn.padding)
+        starts = torch.cumsum(lengths + gap, 0, dtype=torch.int32) - lengths - gap
+        rows = inside.flatten().nonzero()[:, 0]
+        places = (starts[:, None] + torch.arange(frames, device=x.device)).flatten().index_select(0, rows)
+        total = len(rows) + batch * gap
+        bounds = torch.stack([starts, starts + lengths], 1).flatten()
+        bounds = torch.nn.functional.pad(bounds, (0, 1), value=total).int()
+        packed = x.new_zeros(total, x.shape[2]).index_copy(0, places, x.flatten(0, 1).index_select(0, rows))
+        mask = x.new_zeros(total).index_fill(0, places, 1)
+        packed = self.through(packed[None], mask[None, None], (bounds, frames))[0]
+        out = packed.new_zeros(batch * frames, packed.shape[1]).index_copy(0, rows, packed.index_select(0, places))
+        return out.unflatten(0, (batch, frames)), lengths
+
+    def packs(self, x: torch.Tensor) -> bool:
+        """Whether flash attention can be used: in half precision, on GPUs since Ampere."""
+        return x.is_cuda and torch.is_autocast_enabled("cuda") and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+    def through(self, x: torch.Tensor, mask: torch.Tensor, segments: tuple[torch.Tensor, int] | None = None):
+        """All layers, on (batch, time, size) and a mask (batch, 1, time); of packed utterances with their segments."""
+        for layer in [*self.encoders0, *self.encoders]:
+            x = layer(x, mask, mask_att_chunk_encoder=segments)[0]
+        x = self.after_norm(x)
+        for layer in self.tp_encoders:
+            x = layer(x, mask, mask_att_chunk_encoder=segments)[0]
+        return self.tp_norm(x)
 
 
 class Fused(MultiHeadedAttention):
@@ -174,10 +254,33 @@ class Fused(MultiHeadedAttention):
         return attend(self, *self.forward_qkv(query, key, value), mask)
 
 
-FUSED = {MultiHeadedAttentionSANM: FusedSANM, MultiHeadedAttention: Fused}
+class FusedTransformer(Transformer):
+    """The adaptor, and the CTC branch before its output layer; upstream makes their mask on the CPU."""
+
+    def forward(self, x: torch.Tensor, ilens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % self.k)).unflatten(1, (-1, self.k)).flatten(2)
+        x = self.linear2(self.relu(self.linear1(x)))
+        lengths = (ilens - 1) // self.k + 1
+        mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+        for block in self.blocks or []:
+            x, _mask = block(x, mask[:, None, :])
+        return x, lengths
+
+
+FUSED = {MultiHeadedAttentionSANM: FusedSANM, MultiHeadedAttention: Fused, SenseVoiceEncoderSmall: FusedEncoder,
+         Transformer: FusedTransformer}  # fmt: skip
 
 
 def fuse_attention(model: torch.nn.Module) -> None:
     """Exchange the attention of encoder, adaptor and CTC branch; their weights stay."""
     for layer in model.modules():
         layer.__class__ = FUSED.get(type(layer), type(layer))
+
+
+def compile_layers(model: FunASRNano) -> None:
+    """Compile the layers of encoder and LLM, one by one, for batches of any shape; all of a kind share their code."""
+    # Training and validation, a batch of one row, layers of another size: each is a compilation of the same code.
+    torch._dynamo.config.recompile_limit = 32
+    encoder = model.audio_encoder
+    for layer in [*encoder.encoders0, *encoder.encoders, *encoder.tp_encoders, *model.llm.model.layers]:
+        layer.compile(dynamic=True)
