@@ -292,11 +292,13 @@ class Run:
         )  # fmt: skip
 
     def profile(self, tokens: int, path: Path) -> None:
-        """Write where the time of one round goes, operator by operator."""
+        """Write where the time of one round goes, operator by operator, and what compilation took."""
+        from torch._dynamo.utils import compile_times
         from torch.profiler import ProfilerActivity, profile
 
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (self.device == "cuda")
         with profile(activities=activities) as result:
             self.epoch(tokens, 1.0)
         order = "self_device_time_total" if self.device == "cuda" else "self_cpu_time_total"
-        path.write_text(result.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60), "utf-8")
+        table = result.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80)
+        path.write_text(f"{table}\n{compile_times()}\n", "utf-8")

@@ -177,6 +177,14 @@ def test_compiled_layers_give_the_same_loss_and_gradients_for_batches_of_any_sha
     assert counters["stats"]["unique_graphs"] == 3
 
 
+def test_without_a_c_compiler_layers_stay_as_they_are_and_the_log_says_so(folder, monkeypatch, tmp_path, caplog):
+    model = build(folder, 1)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    compile_layers(model)
+    assert "a C compiler (gcc) missing; layers are not compiled" in caplog.text
+    assert all(module._compiled_call_impl is None for module in model.modules())
+
+
 def test_an_utterances_loss_does_not_depend_on_the_batch_it_is_in(folder):
     """Length-bucketed batches of any size: padding and neighbours change nothing."""
     model = build(folder, 1, ctc_weight=0, fused_attention=True)

@@ -15,6 +15,10 @@ What differs from funasr/models/fun_asr_nano/model.py (1.4.16):
 
 from __future__ import annotations
 
+import logging
+import shutil
+import sysconfig
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -135,7 +139,7 @@ class FunASRNano(stock.FunASRNano):
     def _ctc_targets(self, rows: list[dict], lengths: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
         """Symbols of all rows in a row on the lengths' device, how many each row has, and its decoded frames."""
         encoded = [self.ctc_tokenizer.encode(row["assistant"][0]) for row in rows]
-        symbols = torch.tensor([token for text in encoded for token in text], device=lengths.device)
+        symbols = torch.tensor([token for text in encoded for token in text], dtype=torch.long, device=lengths.device)
         frames = ((lengths - 1) // self.ctc_decoder.k + 1).tolist()
         return symbols, [len(text) for text in encoded], frames
 
@@ -278,7 +282,16 @@ def fuse_attention(model: torch.nn.Module) -> None:
 
 
 def compile_layers(model: FunASRNano) -> None:
-    """Compile the layers of encoder and LLM, one by one, for batches of any shape; all of a kind share their code."""
+    """Compile the layers of encoder and LLM, one by one, for batches of any shape; all of a kind share their code.
+
+    Says so and leaves them where the compiler's own needs are not met.
+    """
+    there = {"a C compiler (gcc)": any(map(shutil.which, ("cc", "gcc", "clang"))),
+             "Python.h (python3-dev)": Path(sysconfig.get_paths()["include"], "Python.h").is_file()}  # fmt: skip
+    if missing := [what for what, is_there in there.items() if not is_there]:
+        logging.warning("compiled_layers: %s missing; layers are not compiled, and training takes up to twice as long",
+                        " and ".join(missing))  # fmt: skip
+        return
     # Training and validation, a batch of one row, layers of another size: each is a compilation of the same code.
     torch._dynamo.config.recompile_limit = 32
     encoder = model.audio_encoder
