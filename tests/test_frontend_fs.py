@@ -23,11 +23,13 @@ def test_decoding_gives_the_encoder_the_features_of_training(tmp_path, monkeypat
     messages = [{"role": role, "content": content} for role, content in texts]
     write_jsonl(tmp_path / "list.jsonl", [{"key": "a", "messages": messages, "speech_length": 200, "text_length": 2}])
 
+    from funasr.models.sense_voice.model import SenseVoiceEncoderSmall
+
     heard = []
 
     def listen(module, inputs):
-        if type(module).__name__ == "SenseVoiceEncoderSmall":
-            heard.append(inputs[0].clone())  # the encoder scales it in place
+        if isinstance(module, SenseVoiceEncoderSmall):
+            heard.append(inputs[0].clone())  # upstream's encoder scales it in place
 
     monkeypatch.setattr(sys, "argv", [
         "decode.py", "--model_dir", str(model), "--checkpoint", f"base={model}/model.pt", "--test_set",
