@@ -10,10 +10,11 @@ from funasr.frontends import wav_frontend
 from funasr.models.fun_asr_nano import model as stock
 
 import nano.dataset
-import nano.model
+import nano.layers
 from common import UserError
 from nano.batch_size import largest
-from nano.model import FunASRNano, compile_layers
+from nano.layers import compile_layers
+from nano.model import FunASRNano
 
 MODULES = ("audio_encoder", "audio_adaptor", "ctc_decoder")
 STAGE_TRAINS = {1: {"audio_encoder"}, 2: {"audio_adaptor", "ctc_decoder"}, 3: set()}
@@ -71,7 +72,7 @@ def upstream(model: FunASRNano) -> torch.nn.Module:
     """The same weights in upstream's class, with its forward and its attention."""
     theirs = copy.deepcopy(model)
     theirs.__class__ = type("Stock", (FunASRNano,), {"forward": stock.FunASRNano.forward})
-    classes = {ours: theirs for theirs, ours in nano.model.FUSED.items()}
+    classes = {ours: theirs for theirs, ours in nano.layers.FUSED.items()}
     for layer in theirs.modules():
         layer.__class__ = classes.get(type(layer), type(layer))
     return theirs
@@ -84,7 +85,7 @@ def test_loss_and_gradients_of_all_speed_ups_together_are_upstreams(folder, stag
         for name, parameter in ours.named_parameters():  # B starts at zero, and A's gradient with it
             if name.endswith("lora_B"):
                 torch.nn.init.normal_(parameter, std=0.1)
-    assert any(isinstance(layer, nano.model.FusedSANM) for layer in ours.modules())
+    assert any(isinstance(layer, nano.layers.FusedSANM) for layer in ours.modules())
     loss, gradients = loss_and_gradients(ours)
     expected, expected_gradients = loss_and_gradients(upstream(ours))
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -129,8 +130,8 @@ def test_packed_utterances_are_encoded_as_those_of_a_padded_batch(folder, monkey
         attended = [torch.nn.functional.scaled_dot_product_attention(*part) for part in parts]
         return torch.cat(attended, 1).transpose(0, 1)
 
-    monkeypatch.setattr(nano.model, "attend_each", attend_each)
-    monkeypatch.setattr(nano.model.FusedEncoder, "packs", lambda self, x: True)
+    monkeypatch.setattr(nano.layers, "attend_each", attend_each)
+    monkeypatch.setattr(nano.layers.FusedEncoder, "packs", lambda self, x: True)
     packed, packed_gradients = loss_and_gradients(model)
     assert seen[0] == [0, 40, 45, 69, 74, 90, 95], "three utterances, after each a gap of half the kernel of 11"
     assert packed == pytest.approx(loss, rel=1e-6)

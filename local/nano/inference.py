@@ -48,7 +48,7 @@ class Recogniser:
         from funasr import AutoModel  # seconds to import
 
         import nano.dataset  # noqa: F401 -- registers the features of training, in a third of the time
-        from nano.model import fuse_attention
+        from nano.layers import fuse_attention
 
         self.dtype, self.halved, self.most_samples = dtype, 0, sys.maxsize
         frontend = {"dither": 0.0}  # FunASR's default dither makes transcripts random

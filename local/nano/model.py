@@ -15,23 +15,16 @@ What differs from funasr/models/fun_asr_nano/model.py (1.4.16):
 
 from __future__ import annotations
 
-import logging
-import shutil
-import sysconfig
-from pathlib import Path
 from typing import Any
 
 import torch
 from funasr.models.fun_asr_nano import model as stock
-from funasr.models.llm_asr.adaptor import Transformer
-from funasr.models.sense_voice.model import MultiHeadedAttentionSANM, SenseVoiceEncoderSmall
-from funasr.models.transformer.attention import MultiHeadedAttention
 from funasr.register import tables
 from funasr.train_utils.device_funcs import force_gatherable
 
+from nano.layers import compile_layers, fuse_attention
+
 IGNORE = -100
-# It plans anew for every shape, 0.1 s and more at a time (H100, torch 2.11), and batches seldom share their shape.
-torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @tables.register("model_classes", "FunASRNano")
@@ -172,128 +165,3 @@ def place_speech(
     inside = (offset >= 0) & (offset < count[:, None])
     index = offset.clamp(0, speech.shape[1] - 1)[:, :, None].expand(-1, -1, speech.shape[2])
     return torch.where(inside[:, :, None], speech.to(embeddings.dtype).gather(1, index), embeddings)
-
-
-def attend(layer: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask) -> torch.Tensor:
-    """The layer's output for heads (batch, head, time, d_k) and a mask (batch, 1, time), nonzero where speech is.
-
-    Upstream keeps the scores of every layer for the backward pass: an utterance of 120 s is 2,000 frames, times 2,000,
-    times 4 heads, times 70 layers. PyTorch computes the same sums in blocks; on a CPU only without dropout.
-    """
-    keep = None if mask is None else mask.unsqueeze(1) != 0
-    dropout = layer.dropout.p if layer.training else 0.0
-    heads = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout)
-    return layer.linear_out(heads.transpose(1, 2).flatten(2))
-
-
-def attend_each(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, longest: int, dropout: float
-) -> torch.Tensor:
-    """Attention within each of the segments bounds[i]:bounds[i + 1] of (frames, head, d_k), on a GPU.
-
-    PyTorch's own flash attention, which knows no mask but segments; its public `varlen_attn` has no dropout.
-    """
-    flash = torch.ops.aten._flash_attention_forward
-    return flash(q, k, v, bounds, bounds, longest, longest, dropout, False, False)[0]
-
-
-class FusedSANM(MultiHeadedAttentionSANM):
-    """SenseVoice's self-attention with its convolutional memory; of packed utterances, with their segments."""
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor, mask_shfit_chunk=None, mask_att_chunk_encoder=None):
-        q, k, v, value = self.forward_qkv(x)
-        if mask_att_chunk_encoder is None:
-            attended = attend(self, q, k, v, mask)
-        else:
-            heads = (head[0].transpose(0, 1) for head in (q, k, v))
-            dropout = self.dropout.p if self.training else 0.0
-            attended = self.linear_out(attend_each(*heads, *mask_att_chunk_encoder, dropout).flatten(1))[None]
-        return attended + self.forward_fsmn(value, mask, mask_shfit_chunk)
-
-
-class FusedEncoder(SenseVoiceEncoderSmall):
-    """SenseVoice's encoder; under autocast on a GPU it packs the utterances of a batch, without padding.
-
-    Then attention needs no mask, which PyTorch's fast kernels do not take. Between two utterances is a gap as long as
-    the convolution reaches, a segment of its own.
-    """
-
-    def forward(self, xs_pad: torch.Tensor, ilens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = self.embed(xs_pad * self.output_size() ** 0.5)
-        (batch, frames), lengths = x.shape[:2], ilens.int()
-        inside = torch.arange(frames, device=x.device) < lengths[:, None]
-        if not self.packs(x):
-            return self.through(x, inside[:, None, :].to(x.dtype)), lengths
-        gap = max(self.encoders0[0].self_attn.pad_fn.padding)
-        starts = torch.cumsum(lengths + gap, 0, dtype=torch.int32) - lengths - gap
-        rows = inside.flatten().nonzero()[:, 0]
-        places = (starts[:, None] + torch.arange(frames, device=x.device)).flatten().index_select(0, rows)
-        total = len(rows) + batch * gap
-        bounds = torch.stack([starts, starts + lengths], 1).flatten()
-        bounds = torch.nn.functional.pad(bounds, (0, 1), value=total).int()
-        packed = x.new_zeros(total, x.shape[2]).index_copy(0, places, x.flatten(0, 1).index_select(0, rows))
-        mask = x.new_zeros(total).index_fill(0, places, 1)
-        packed = self.through(packed[None], mask[None, None], (bounds, frames))[0]
-        out = packed.new_zeros(batch * frames, packed.shape[1]).index_copy(0, rows, packed.index_select(0, places))
-        return out.unflatten(0, (batch, frames)), lengths
-
-    def packs(self, x: torch.Tensor) -> bool:
-        """Whether flash attention can be used: in half precision, on GPUs since Ampere."""
-        return x.is_cuda and torch.is_autocast_enabled("cuda") and torch.cuda.get_device_capability(x.device) >= (8, 0)
-
-    def through(self, x: torch.Tensor, mask: torch.Tensor, segments: tuple[torch.Tensor, int] | None = None):
-        """All layers, on (batch, time, size) and a mask (batch, 1, time); of packed utterances with their segments."""
-        for layer in [*self.encoders0, *self.encoders]:
-            x = layer(x, mask, mask_att_chunk_encoder=segments)[0]
-        x = self.after_norm(x)
-        for layer in self.tp_encoders:
-            x = layer(x, mask, mask_att_chunk_encoder=segments)[0]
-        return self.tp_norm(x)
-
-
-class Fused(MultiHeadedAttention):
-    """The adaptor's and the CTC branch's attention."""
-
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor):
-        return attend(self, *self.forward_qkv(query, key, value), mask)
-
-
-class FusedTransformer(Transformer):
-    """The adaptor, and the CTC branch before its output layer; upstream makes their mask on the CPU."""
-
-    def forward(self, x: torch.Tensor, ilens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        x = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % self.k)).unflatten(1, (-1, self.k)).flatten(2)
-        x = self.linear2(self.relu(self.linear1(x)))
-        lengths = (ilens - 1) // self.k + 1
-        mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-        for block in self.blocks or []:
-            x, _mask = block(x, mask[:, None, :])
-        return x, lengths
-
-
-FUSED = {MultiHeadedAttentionSANM: FusedSANM, MultiHeadedAttention: Fused, SenseVoiceEncoderSmall: FusedEncoder,
-         Transformer: FusedTransformer}  # fmt: skip
-
-
-def fuse_attention(model: torch.nn.Module) -> None:
-    """Exchange the attention of encoder, adaptor and CTC branch; their weights stay."""
-    for layer in model.modules():
-        layer.__class__ = FUSED.get(type(layer), type(layer))
-
-
-def compile_layers(model: FunASRNano) -> None:
-    """Compile the layers of encoder and LLM, one by one, for batches of any shape; all of a kind share their code.
-
-    Says so and leaves them where the compiler's own needs are not met.
-    """
-    there = {"a C compiler (gcc)": any(map(shutil.which, ("cc", "gcc", "clang"))),
-             "Python.h (python3-dev)": Path(sysconfig.get_paths()["include"], "Python.h").is_file()}  # fmt: skip
-    if missing := [what for what, is_there in there.items() if not is_there]:
-        logging.warning("compiled_layers: %s missing; layers are not compiled, and training takes up to twice as long",
-                        " and ".join(missing))  # fmt: skip
-        return
-    # Training and validation, a batch of one row, layers of another size: each is a compilation of the same code.
-    torch._dynamo.config.recompile_limit = 32
-    encoder = model.audio_encoder
-    for layer in [*encoder.encoders0, *encoder.encoders, *encoder.tp_encoders, *model.llm.model.layers]:
-        layer.compile(dynamic=True)
