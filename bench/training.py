@@ -146,11 +146,12 @@ def bench_decoding(corpus: Path, folder: Path, args: argparse.Namespace) -> dict
         def __init__(self, folder: Path, device: str, dtype: str):
             from funasr import AutoModel
 
-            super().__init__(folder, device, dtype)
+            self.dtype, self.halved, self.most_samples = dtype, 0, sys.maxsize
             self.auto_model = AutoModel(
                 model=str(folder), device=device, disable_update=True, ncpu=1, ctc_decoder=None,
-                llm_conf={"llm_dtype": dtype},
+                frontend_conf={"dither": 0.0}, llm_conf={"llm_dtype": dtype},
             )  # fmt: skip
+            self.fs = self.auto_model.kwargs["frontend"].fs
 
         def decode(self, messages: list, **options: Any) -> list[str]:
             infer = self.auto_model.model.inference_llm

@@ -221,7 +221,7 @@ class Run:
             self.dataset, batch_sampler=Chosen(batches), collate_fn=self.dataset.collator, **arguments
         )
         meter = Meter(loader, self)
-        self.alone()
+        self.use_own_kernels()
         self.trainer.step_in_epoch = 0
         self.trainer.train_epoch(
             model=self.model, optim=self.optim, scheduler=self.scheduler, scaler=None, dataloader_train=meter,
@@ -234,14 +234,14 @@ class Run:
         step = max(1, len(self.dataset) // 3)
         return self.dataset.collator([self.dataset[row] for row in range(0, 3 * step, step)])
 
-    def alone(self) -> None:
+    def use_own_kernels(self) -> None:
         """Leave PyTorch's choice of attention kernels as this variant finds it or sets it, for all of the process."""
         torch.backends.cuda.enable_cudnn_sdp(self.kind == "stock")
 
     def loss(self, batch: dict[str, Any]) -> float:
         """The LLM's loss on a batch, without dropout, CTC and compilation, in the precision of training."""
         weight, self.model.ctc_weight = self.model.ctc_weight, 0
-        self.alone()
+        self.use_own_kernels()
         self.model.train(False)
         result: dict[str, Any] = {}
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -255,7 +255,7 @@ class Run:
         arguments = self.sampler(self.dataset, **self.kwargs["dataset_conf"])
         tokens = arguments["batch_sampler"].stock.batch_size
         loader = torch.utils.data.DataLoader(self.dataset, collate_fn=self.dataset.collator, **arguments)
-        self.alone()
+        self.use_own_kernels()
         return fit(self.trainer, self.model, self.optim, loader) or tokens
 
     def probe(self, tokens: int) -> float | None:
@@ -263,7 +263,7 @@ class Run:
         row = max(range(len(self.dataset)), key=self.dataset.get_source_len)
         self.dataset.batch_size_token_max = float("inf")
         batch = self.dataset.collator([self.dataset[row]] * max(1, tokens // self.dataset.get_source_len(row)))
-        self.alone()
+        self.use_own_kernels()
         self.model.train()
         torch.cuda.reset_peak_memory_stats()
         try:
