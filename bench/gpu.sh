@@ -39,6 +39,6 @@ CHECK
 # As local/train.py sets it.
 export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True
 printf '<!-- table -->\n<!-- end -->\n' > "$OUTPUT/table.md"
-"$PYTHON" bench/training.py --stages "${@:2}" --corpora long --rounds 1 --round_seconds 6000 --profile \
+"$PYTHON" bench/training.py --stages "${@:2}" --corpora long --rounds 2 --round_seconds 1500 --profile \
   --work "$OUTPUT/work" --output "$OUTPUT/training.json" --table "$OUTPUT/table.md" 2>&1 |
   tee "$OUTPUT/gpu.log" | grep -E --line-buffered 'round|error|Error|\| '

@@ -34,7 +34,8 @@ import audio  # noqa: E402
 import full_size  # noqa: E402
 import training_run  # noqa: E402
 from common import UserError, run, write_json, write_jsonl  # noqa: E402
-from training_run import Run, build_folder, clock, needed_flops  # noqa: E402
+from meter import clock, needed_flops  # noqa: E402
+from training_run import Run, build_folder  # noqa: E402
 
 
 def write_corpus(folder: Path, name: str, scale: float, seconds: float) -> Path:
