@@ -18,7 +18,7 @@ from funasr.models.llm_asr.adaptor import Transformer
 from funasr.models.sense_voice.model import MultiHeadedAttentionSANM, SenseVoiceEncoderSmall
 from funasr.models.transformer.attention import MultiHeadedAttention
 
-# cuDNN's attention plans anew for every shape, 0.1 s and more at a time (H100, torch 2.11), and batches seldom share their shape.
+# cuDNN's attention plans anew for every shape, 0.1 s and more at a time (H100, torch 2.11), and each batch has another.
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
