@@ -82,7 +82,7 @@ traps: setup  ## docs/traps.md anew: FunASR's silent traps, and what is said her
 
 lint: setup  ## ruff and shellcheck
 	@.venv/bin/ruff check .
-	@.venv/bin/shellcheck -x *.sh local/*.sh .ci/run
+	@.venv/bin/shellcheck -x *.sh local/*.sh bench/*.sh .ci/run
 
 bench: setup  ## speed of simulation (beside its peers), stage 0, training (beside stock FunASR): $EXP_OUTPUT/bench
 	@test -d "$(EXP_OUTPUT)/bench/peers" || $(VENV) -m venv "$(EXP_OUTPUT)/bench/peers"
