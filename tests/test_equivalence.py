@@ -137,6 +137,8 @@ def test_packed_utterances_are_encoded_as_those_of_a_padded_batch(folder, monkey
     assert packed == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-4, atol=1e-7)
+    model.encode(torch.randn(2, 3, 560), torch.tensor([3, 2]))  # shorter than a gap
+    assert seen[-1] == [0, 3, 8, 10, 15]
 
 
 def test_symbols_that_fill_up_a_matrix_are_never_likely(folder):

@@ -81,7 +81,7 @@ class FusedEncoder(SenseVoiceEncoderSmall):
         bounds = torch.nn.functional.pad(bounds, (0, 1), value=total).int()
         packed = x.new_zeros(total, x.shape[2]).index_copy(0, places, x.flatten(0, 1).index_select(0, rows))
         mask = x.new_zeros(total).index_fill(0, places, 1)
-        packed = self.through(packed[None], mask[None, None], (bounds, frames))[0]
+        packed = self.through(packed[None], mask[None, None], (bounds, max(frames, gap)))[0]
         out = packed.new_zeros(batch * frames, packed.shape[1]).index_copy(0, rows, packed.index_select(0, places))
         return out.unflatten(0, (batch, frames)), lengths
 
