@@ -7,7 +7,8 @@ What differs from funasr/models/fun_asr_nano/model.py (1.4.16):
   * LoRA parameters are fp32 beside a bf16 LLM: in bf16 steps of 1e-5 are rounded away;
   * logits are computed where a label is, not at all positions x 151,936 symbols. Same loss, less memory;
   * the LLM is given no attention mask: its padding is on the right. Same loss;
-  * what must be read back from the GPU is read before the encoder starts; upstream waits for it several times a step;
+  * what must be read back from the GPU is read before the encoder's layers, but for the CTC loss; upstream waits for
+    it several times a step;
   * `fused_attention` computes attention without its matrix of scores, and on a GPU lets utterances through the encoder
     one after another, without padding. Same loss, a fraction of the memory;
   * `compiled_layers` lets torch.compile fuse the small operations of each layer, on a GPU. Same loss within bf16 noise.
