@@ -141,26 +141,43 @@ def test_packed_utterances_are_encoded_as_those_of_a_padded_batch(folder, monkey
     assert seen[-1] == [0, 3, 8, 10, 15]
 
 
-def test_symbols_that_fill_up_a_matrix_are_never_likely(folder):
-    """The output layer is widened to a multiple of 8 symbols for speed: as the CTC loss of the plain layer."""
+def test_the_ctc_loss_of_an_utterances_own_symbols_is_that_of_all_symbols(folder):
+    """Loss and gradients; repeated symbols, padding, and an utterance that is too short for its text among them."""
     model = build(folder, 2, ctc_weight=0.3)
-    assert model.ctc.ctc_lo.out_features % 8
-    encoded, lengths = torch.randn(2, 20, 32), torch.tensor([20, 13])
-    symbols = model._ctc_targets([{"assistant": ["一二三"]}, {"assistant": ["五"]}], lengths)
-    decoded, _ = model.ctc_decoder(encoded, lengths)
-    expected = torch.nn.functional.ctc_loss(
-        model.ctc.log_softmax(decoded).transpose(0, 1), symbols[0], symbols[2], symbols[1], blank=model.blank_id,
-        zero_infinity=True,
-    )  # fmt: skip
-    assert model._ctc_loss(encoded, lengths, *symbols).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert model.ctc.ctc_lo.out_features % 8, "so that the symbols that fill up the matrix would be seen"
+    encoded, lengths = torch.randn(4, 20, 32), torch.tensor([20, 13, 7, 2])
+    rows = [{"assistant": [text]} for text in ("一二三一一", "五", "二二二", "一二三四五六七八九零")]
+
+    def plain(decoded):
+        texts = [model.ctc_tokenizer.encode(row["assistant"][0]) for row in rows]
+        return torch.nn.functional.ctc_loss(
+            model.ctc.log_softmax(decoded).transpose(0, 1), torch.tensor(sum(texts, [])), lengths,
+            torch.tensor(list(map(len, texts))), blank=model.blank_id, zero_infinity=True,
+        )  # fmt: skip
+
+    results = []
+    targets = model._ctc_targets(rows, lengths)
+    for ours in (False, True):
+        model.zero_grad()
+        loss = model._ctc_loss(encoded, lengths, *targets) if ours else plain(model.ctc_decoder(encoded, lengths)[0])
+        loss.backward()
+        trained = [*model.ctc_decoder.named_parameters(), *model.ctc.named_parameters()]
+        results.append((loss.item(), {name: parameter.grad.clone() for name, parameter in trained}))
+    (expected, expected_gradients), (loss, gradients) = results
+    assert loss == pytest.approx(expected, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.full
-def test_compiled_layers_give_the_same_loss_and_gradients_for_batches_of_any_shape(folder):
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_compiled_layers_give_the_same_loss_and_gradients_for_batches_of_any_shape(folder, stage):
     """As on a GPU, with PyTorch's compiler for the CPU; how often it compiles does not grow with the shapes."""
     from torch._dynamo.utils import counters
 
-    model = build(folder, 3, ctc_weight=0, fused_attention=True)
+    torch.compiler.reset()
+    counters.clear()
+    model = build(folder, stage, ctc_weight=0.3 if stage < 3 else 0, detach_ctc_decoder=False, fused_attention=True)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_B"):
             torch.nn.init.normal_(parameter, std=0.1)
@@ -176,8 +193,9 @@ def test_compiled_layers_give_the_same_loss_and_gradients_for_batches_of_any_sha
         assert loss == pytest.approx(expected, rel=1e-5)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-6)
-    # The encoder's first layer, which has another width, its others, and the LLM's.
-    assert counters["stats"]["unique_graphs"] == 3
+    # The encoder's first layer, which has another width, its others, the LLM's, one for adaptor and CTC branch, and
+    # and what is computed of the CTC branch's output.
+    assert counters["stats"]["unique_graphs"] == 4 + (stage < 3)
 
 
 def test_without_a_c_compiler_layers_stay_as_they_are_and_the_log_says_so(folder, monkeypatch, tmp_path, caplog):

@@ -48,6 +48,17 @@ def attend_each(
 class FusedSANM(MultiHeadedAttentionSANM):
     """SenseVoice's self-attention with its convolutional memory; of packed utterances, with their segments."""
 
+    def forward_fsmn(self, inputs: torch.Tensor, mask: torch.Tensor, mask_shfit_chunk=None):
+        """The memory; compiled, as a sum of shifted products: one kernel, where cuDNN's convolution is slow."""
+        if not torch.compiler.is_compiling():
+            return super().forward_fsmn(inputs, mask, mask_shfit_chunk)
+        mask = mask.transpose(1, 2)
+        inputs = inputs * mask
+        padded = torch.nn.functional.pad(inputs, (0, 0, *self.pad_fn.padding))
+        weights = self.fsmn_block.weight[:, 0].unbind(1)
+        memory = sum(weight * padded[:, at : at + inputs.shape[1]] for at, weight in enumerate(weights))
+        return self.dropout((memory + inputs).to(inputs.dtype)) * mask
+
     def forward(self, x: torch.Tensor, mask: torch.Tensor, mask_shfit_chunk=None, mask_att_chunk_encoder=None):
         q, k, v, value = self.forward_qkv(x)
         if mask_att_chunk_encoder is None:
@@ -119,6 +130,24 @@ class FusedTransformer(Transformer):
         return x, lengths
 
 
+def own_and_others(decoded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities (batch, frames, n + 1) of an utterance's own symbols, and last of all other symbols together.
+
+    decoded (batch, frames, dim); weight and bias of the CTC output layer; own (batch, n), different symbols of each
+    row, filled up with -1, which is never likely. A CTC loss over these has the value and the gradient of one over all
+    60,515 symbols, which needs 20 GiB and most of the CTC branch's time for 20 minutes of audio.
+    """
+    more = -len(weight) % 8  # matrix products have slow kernels only for a width that is no multiple of 8
+    weight = torch.nn.functional.pad(weight, (0, 0, 0, more))
+    logits = torch.nn.functional.linear(decoded, weight, torch.nn.functional.pad(bias, (0, more), value=-1e4))
+    each = logits.gather(2, own.clamp(min=0)[:, None].expand(-1, decoded.shape[1], -1)).float()
+    each = each.masked_fill((own < 0)[:, None], -1e4)
+    total = logits.float().logsumexp(-1, keepdim=True)
+    # All minus the own: rounding must not make it less than nothing.
+    others = total + (-torch.expm1((each - total).logsumexp(-1, keepdim=True))).clamp(min=1e-7).log()
+    return torch.cat([each, others], -1).log_softmax(-1)
+
+
 FUSED = {MultiHeadedAttentionSANM: FusedSANM, MultiHeadedAttention: Fused, SenseVoiceEncoderSmall: FusedEncoder,
          Transformer: FusedTransformer}  # fmt: skip
 
@@ -142,6 +171,8 @@ def compile_layers(model: torch.nn.Module) -> None:
         return
     # Training and validation, a batch of one row, layers of another size: each is a compilation of the same code.
     torch._dynamo.config.recompile_limit = 32
-    encoder = model.audio_encoder
-    for layer in [*encoder.encoders0, *encoder.encoders, *encoder.tp_encoders, *model.llm.model.layers]:
+    encoder, parts = model.audio_encoder, [model.audio_adaptor, model.ctc_decoder]
+    blocks = [block for part in parts if part is not None for block in part.blocks or []]
+    for layer in [*encoder.encoders0, *encoder.encoders, *encoder.tp_encoders, *blocks, *model.llm.model.layers]:
         layer.compile(dynamic=True)
+    model.own_and_others = torch.compile(own_and_others, dynamic=True)
