@@ -64,8 +64,11 @@ def write_corpus(folder: Path, name: str, scale: float, seconds: float) -> Path:
 
 
 def measure(run: Run, tokens: int, seconds: float) -> dict[str, float]:
-    """One round: at least 6 steps over batches of all lengths, after two that do not count."""
-    meter = run.epoch(tokens, seconds)
+    """One round: batches of all lengths after two that do not count, 6 and 3 for each of the loader's workers at least.
+
+    The first of all workers are made at once: a few steps do not show whether the loader keeps up.
+    """
+    meter = run.epoch(tokens, seconds, max(6, 3 * run.kwargs["dataset_conf"]["num_workers"]))
     return {
         "rate": meter.seconds / meter.elapsed, "loader_share": meter.waited / meter.elapsed,
         "padding_share": 1 - meter.frames / meter.padded, "batch_seconds": meter.seconds / meter.steps,
@@ -111,7 +114,7 @@ def bench_stage(stage: str, corpus: Path, folder: Path, args: argparse.Namespace
     }  # fmt: skip
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     if args.device == "cuda":  # what is compiled for a batch of another kind shall not be in the times
-        measure(runs["ours"], ours, 0)
+        runs["ours"].epoch(ours, 0)
     for number in range(args.rounds):
         for name, (kind, tokens) in variants.items():
             rounds[name].append(measure(runs[kind], tokens, args.round_seconds))

@@ -37,6 +37,7 @@ import nano.dataset  # noqa: E402
 import nano.model  # noqa: E402, F401
 from meter import WARM_UP, Meter, needed_flops  # noqa: E402
 from nano.batch_size import fit  # noqa: E402
+from nano.config import effective  # noqa: E402
 from nano.trainer import Trainer as OurTrainer  # noqa: E402
 
 OURS = classes()
@@ -118,35 +119,32 @@ class Run:
         Run.alive.append(self)
 
     def config(self, folder: Path, corpus: Path) -> dict[str, Any]:
-        """The stage's YAML over the folder's config; stock with the released sampler limits and no classes of ours."""
-        from funasr.download.download_model_from_hub import download_model
-
-        config = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / f"{self.stage}.yaml"))
+        """What local/train.py would build from; stock with FunASR's number of workers and no classes of ours."""
+        stage = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / f"{self.stage}.yaml"))
         # The released config leaves dither at its default, and it costs as much as the rest of the features.
-        config["frontend_conf"] = {"dither": 1.0}
-        config |= {"model": str(folder), "hub": "ms", "disable_update": True, "device": self.device, "ncpu": 1,
-                   "seed": 0, "train_data_set_list": str(corpus), "valid_data_set_list": str(corpus)}  # fmt: skip
-        config["train_conf"] |= {"use_bf16": self.device == "cuda"}
-        config["llm_conf"] |= {"llm_dtype": "bf16" if self.device == "cuda" else "fp32"}
-        if self.device == "cpu":
-            config["dataset_conf"]["num_workers"] = 0
+        stage["frontend_conf"] = {"dither": 1.0}
         if self.kind == "stock":
             for key in ("compiled_layers", "fused_attention", "specaug", "specaug_conf"):
-                config.pop(key, None)
-            config["optim_conf"].pop("fused")
-            config["dataset_conf"].pop("num_workers" if self.device == "cuda" else "", None)
-        config = download_model(is_training=True, **config)
-        config["dataset_conf"] |= {"data_split_num": 1, "prompt_classes": None, "max_token_length": 14000}
+                stage.pop(key, None)
+            stage["optim_conf"].pop("fused")
+            stage["dataset_conf"]["num_workers"] = 4
+        if self.device == "cpu":
+            stage["dataset_conf"]["num_workers"] = 0
+        config = effective(stage, folder, 16000)
+        config |= {"device": self.device, "ncpu": 1, "seed": 0, "train_data_set_list": str(corpus),
+                   "valid_data_set_list": str(corpus)}  # fmt: skip
+        config["train_conf"] |= {"use_bf16": self.device == "cuda"}
+        config["llm_conf"] |= {"llm_dtype": "bf16" if self.device == "cuda" else "fp32"}
         return config
 
-    def epoch(self, tokens: int, seconds: float) -> Meter:
-        """Train on about `seconds` of audio in batches of `tokens`, chosen evenly from short to long."""
+    def epoch(self, tokens: int, seconds: float, least: int = 6) -> Meter:
+        """Train on about `seconds` of audio in batches of `tokens`, from short to long, `least` of them at least."""
         most = {"batch_size_sample_max": 10 if self.kind == "stock" and tokens == 6000 else 10**6}
         self.dataset.batch_size_token_max = max(tokens, 6000) if self.kind == "stock" else float("inf")
         arguments = self.sampler(self.dataset, **self.kwargs["dataset_conf"] | {"batch_size": tokens} | most)
         batches = list(arguments.pop("batch_sampler"))
         each = len(self.dataset) / len(batches) * self.mean_seconds()
-        count = min(len(batches), WARM_UP + max(6, math.ceil(seconds / each)))
+        count = min(len(batches), WARM_UP + max(least, math.ceil(seconds / each)))
         return self.train([batches[index * len(batches) // count] for index in range(count)], arguments)
 
     def mean_seconds(self) -> float:

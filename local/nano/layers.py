@@ -171,6 +171,8 @@ def compile_layers(model: torch.nn.Module) -> None:
         return
     # Training and validation, a batch of one row, layers of another size: each is a compilation of the same code.
     torch._dynamo.config.recompile_limit = 32
+    # Or LoRA's scale is a variable, computed on the CPU, for which PyTorch tries C++ compilers for most of a minute.
+    torch._dynamo.config.specialize_float = True
     encoder, parts = model.audio_encoder, [model.audio_adaptor, model.ctc_decoder]
     blocks = [block for part in parts if part is not None for block in part.blocks or []]
     for layer in [*encoder.encoders0, *encoder.encoders, *encoder.tp_encoders, *blocks, *model.llm.model.layers]:
