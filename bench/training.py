@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._dynamo.utils import counters
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "local"), str(ROOT / "demo")]
@@ -68,8 +69,10 @@ def measure(run: Run, tokens: int, seconds: float) -> dict[str, float]:
 
     The first of all workers are made at once: a few steps do not show whether the loader keeps up.
     """
+    graphs = counters["stats"]["unique_graphs"]
     meter = run.epoch(tokens, seconds, max(6, 3 * run.kwargs["dataset_conf"]["num_workers"]))
     return {
+        "compiled": counters["stats"]["unique_graphs"] - graphs,
         "rate": meter.seconds / meter.elapsed, "loader_share": meter.waited / meter.elapsed,
         "padding_share": 1 - meter.frames / meter.padded, "batch_seconds": meter.seconds / meter.steps,
         "flops": meter.flops / meter.elapsed, "peak_gib": meter.peak_gib,

@@ -116,29 +116,32 @@ def test_fused_attention_leaves_the_ctc_loss_alone(folder):
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-6)
 
 
-def test_packed_utterances_are_encoded_as_those_of_a_padded_batch(folder, monkeypatch):
+@pytest.mark.parametrize("stage", [1, 2])
+def test_utterances_in_a_row_give_the_loss_of_a_padded_batch(folder, monkeypatch, stage):
     """What a GPU does, with its attention within segments replaced by PyTorch's, segment by segment."""
-    model = build(folder, 1, ctc_weight=0.3, fused_attention=True)
+    model = build(folder, stage, ctc_weight=0.3, detach_ctc_decoder=False, fused_attention=True)
     loss, gradients = loss_and_gradients(model)
-    seen = []
+    seen = {}
 
-    def attend_each(q, k, v, bounds, longest, dropout):
-        seen.append(bounds.tolist())
-        lengths = np.diff(seen[-1]).tolist()
-        assert seen[-1][0] == 0 and seen[-1][-1] == len(q) and max(lengths) <= longest
-        parts = zip(*(heads.transpose(0, 1).split(lengths, 1) for heads in (q, k, v)), strict=True)
+    def attend_each(layer, q, k, v, bounds, longest):
+        seen[type(layer)] = bounds.tolist()
+        lengths = bounds.diff().tolist()
+        assert bounds[0] == 0 and bounds[-1] == q.shape[2] and min(lengths) > 0 and max(lengths) <= longest
+        parts = zip(*(heads.split(lengths, 2) for heads in (q, k, v)), strict=True)
         attended = [torch.nn.functional.scaled_dot_product_attention(*part) for part in parts]
-        return torch.cat(attended, 1).transpose(0, 1)
+        return layer.linear_out(torch.cat(attended, 2).transpose(1, 2).flatten(2))
 
     monkeypatch.setattr(nano.layers, "attend_each", attend_each)
-    monkeypatch.setattr(nano.layers.FusedEncoder, "packs", lambda self, x: True)
-    packed, packed_gradients = loss_and_gradients(model)
-    assert seen[0] == [0, 40, 45, 69, 74, 90, 95], "three utterances, after each a gap of half the kernel of 11"
-    assert packed == pytest.approx(loss, rel=1e-6)
+    monkeypatch.setattr(nano.layers, "takes_rows", lambda x: True)
+    in_a_row, their_gradients = loss_and_gradients(model)
+    # 40, 24 and 16 frames, at least half the encoder's kernel of 11 between two; an eighth of that in the adaptor.
+    assert seen[nano.layers.FusedSANM] == [0, 40, 45, 69, 90, 106, 256]
+    assert seen[nano.layers.Fused] == [0, 5, 6, 9, 12, 14, 256]
+    assert in_a_row == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(packed_gradients[name], gradient, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(their_gradients[name], gradient, rtol=1e-4, atol=1e-7)
     model.encode(torch.randn(2, 3, 560), torch.tensor([3, 2]))  # shorter than a gap
-    assert seen[-1] == [0, 3, 8, 10, 15]
+    assert seen[nano.layers.FusedSANM] == [0, 3, 8, 10, 256]
 
 
 def test_the_ctc_loss_of_an_utterances_own_symbols_is_that_of_all_symbols(folder):

@@ -35,18 +35,43 @@ def attend(layer: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Te
 
 
 def attend_each(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, longest: int, dropout: float
+    layer: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: torch.Tensor, longest: int
 ) -> torch.Tensor:
-    """Attention within each of the segments bounds[i]:bounds[i + 1] of (frames, head, d_k), on a GPU.
+    """`attend` within each of the segments bounds[i]:bounds[i + 1] of heads (1, head, time, d_k), on a GPU.
 
     PyTorch's own flash attention, which knows no mask but segments; its public `varlen_attn` has no dropout.
     """
+    heads = [head[0].transpose(0, 1) for head in (q, k, v)]
+    dropout = layer.dropout.p if layer.training else 0.0
     flash = torch.ops.aten._flash_attention_forward
-    return flash(q, k, v, bounds, bounds, longest, longest, dropout, False, False)[0]
+    attended = flash(*heads, bounds, bounds, longest, longest, dropout, False, False)[0]
+    return layer.linear_out(attended.flatten(1))[None]
+
+
+def takes_rows(x: torch.Tensor) -> bool:
+    """Whether flash attention can be used: in half precision, on GPUs since Ampere."""
+    return x.is_cuda and torch.is_autocast_enabled("cuda") and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def in_a_row(x: torch.Tensor, lengths: torch.Tensor, gap: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """The utterances of a batch (batch, time, size) one after another, (1, total, size), at least `gap` frames apart.
+
+    Attention then needs segments, not a mask, which PyTorch's fast kernels do not take. Also the mask (1, 1, total),
+    the bounds of utterances and of what is between them, in turn, and how long the longest may be. The total is a
+    multiple of 256: matrix products are planned anew for each number of frames they have not seen.
+    """
+    x = torch.nn.functional.pad(x, (0, 0, 0, gap))
+    batch, time = x.shape[:2]
+    total = batch * time + -batch * time % 256
+    starts = torch.arange(0, batch * time, time, device=x.device)
+    bounds = torch.nn.functional.pad(torch.stack([starts, starts + lengths], 1).flatten(), (0, 1), value=total).int()
+    mask = (torch.arange(time, device=x.device) < lengths[:, None]).flatten()
+    mask = torch.nn.functional.pad(mask, (0, total - batch * time))[None, None].to(x.dtype)
+    return torch.nn.functional.pad(x.flatten(0, 1), (0, 0, 0, total - batch * time))[None], mask, bounds, time + 256
 
 
 class FusedSANM(MultiHeadedAttentionSANM):
-    """SenseVoice's self-attention with its convolutional memory; of packed utterances, with their segments."""
+    """SenseVoice's self-attention with its convolutional memory; of utterances in a row, with their segments."""
 
     def forward_fsmn(self, inputs: torch.Tensor, mask: torch.Tensor, mask_shfit_chunk=None):
         """The memory; compiled, as a sum of shifted products: one kernel, where cuDNN's convolution is slow."""
@@ -61,47 +86,27 @@ class FusedSANM(MultiHeadedAttentionSANM):
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor, mask_shfit_chunk=None, mask_att_chunk_encoder=None):
         q, k, v, value = self.forward_qkv(x)
-        if mask_att_chunk_encoder is None:
-            attended = attend(self, q, k, v, mask)
-        else:
-            heads = (head[0].transpose(0, 1) for head in (q, k, v))
-            dropout = self.dropout.p if self.training else 0.0
-            attended = self.linear_out(attend_each(*heads, *mask_att_chunk_encoder, dropout).flatten(1))[None]
+        segments = mask_att_chunk_encoder
+        attended = attend_each(self, q, k, v, *segments) if segments else attend(self, q, k, v, mask)
         return attended + self.forward_fsmn(value, mask, mask_shfit_chunk)
 
 
 class FusedEncoder(SenseVoiceEncoderSmall):
-    """SenseVoice's encoder; under autocast on a GPU it packs the utterances of a batch, without padding.
-
-    Then attention needs no mask, which PyTorch's fast kernels do not take. Between two utterances is a gap as long as
-    the convolution reaches, a segment of its own.
-    """
+    """SenseVoice's encoder; under autocast on a GPU of utterances in a row, as far apart as its convolution reaches."""
 
     def forward(self, xs_pad: torch.Tensor, ilens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = self.embed(xs_pad * self.output_size() ** 0.5)
         (batch, frames), lengths = x.shape[:2], ilens.int()
-        inside = torch.arange(frames, device=x.device) < lengths[:, None]
-        if not self.packs(x):
-            return self.through(x, inside[:, None, :].to(x.dtype)), lengths
+        if not takes_rows(x):
+            mask = torch.arange(frames, device=x.device) < lengths[:, None]
+            return self.through(x, mask[:, None, :].to(x.dtype)), lengths
         gap = max(self.encoders0[0].self_attn.pad_fn.padding)
-        starts = torch.cumsum(lengths + gap, 0, dtype=torch.int32) - lengths - gap
-        rows = inside.flatten().nonzero()[:, 0]
-        places = (starts[:, None] + torch.arange(frames, device=x.device)).flatten().index_select(0, rows)
-        total = len(rows) + batch * gap
-        bounds = torch.stack([starts, starts + lengths], 1).flatten()
-        bounds = torch.nn.functional.pad(bounds, (0, 1), value=total).int()
-        packed = x.new_zeros(total, x.shape[2]).index_copy(0, places, x.flatten(0, 1).index_select(0, rows))
-        mask = x.new_zeros(total).index_fill(0, places, 1)
-        packed = self.through(packed[None], mask[None, None], (bounds, max(frames, gap)))[0]
-        out = packed.new_zeros(batch * frames, packed.shape[1]).index_copy(0, rows, packed.index_select(0, places))
-        return out.unflatten(0, (batch, frames)), lengths
+        x, mask, *segments = in_a_row(x, lengths, gap)
+        x = self.through(x, mask, segments)[0, : batch * (frames + gap)]
+        return x.unflatten(0, (batch, -1))[:, :frames], lengths
 
-    def packs(self, x: torch.Tensor) -> bool:
-        """Whether flash attention can be used: in half precision, on GPUs since Ampere."""
-        return x.is_cuda and torch.is_autocast_enabled("cuda") and torch.cuda.get_device_capability(x.device) >= (8, 0)
-
-    def through(self, x: torch.Tensor, mask: torch.Tensor, segments: tuple[torch.Tensor, int] | None = None):
-        """All layers, on (batch, time, size) and a mask (batch, 1, time); of packed utterances with their segments."""
+    def through(self, x: torch.Tensor, mask: torch.Tensor, segments: list | None = None) -> torch.Tensor:
+        """All layers, on (batch, time, size) and a mask (batch, 1, time); segments of utterances in a row."""
         for layer in [*self.encoders0, *self.encoders]:
             x = layer(x, mask, mask_att_chunk_encoder=segments)[0]
         x = self.after_norm(x)
@@ -113,8 +118,9 @@ class FusedEncoder(SenseVoiceEncoderSmall):
 class Fused(MultiHeadedAttention):
     """The adaptor's and the CTC branch's attention."""
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor):
-        return attend(self, *self.forward_qkv(query, key, value), mask)
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | list):
+        heads = self.forward_qkv(query, key, value)
+        return attend_each(self, *heads, *mask) if isinstance(mask, list) else attend(self, *heads, mask)
 
 
 class FusedTransformer(Transformer):
@@ -122,12 +128,16 @@ class FusedTransformer(Transformer):
 
     def forward(self, x: torch.Tensor, ilens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % self.k)).unflatten(1, (-1, self.k)).flatten(2)
+        lengths, (batch, frames) = (ilens - 1) // self.k + 1, x.shape[:2]
+        rows = takes_rows(x)
+        if rows:
+            x, _mask, *mask = in_a_row(x, lengths, 1)
+        else:
+            mask = (torch.arange(frames, device=x.device) < lengths[:, None])[:, None, :]
         x = self.linear2(self.relu(self.linear1(x)))
-        lengths = (ilens - 1) // self.k + 1
-        mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
         for block in self.blocks or []:
-            x, _mask = block(x, mask[:, None, :])
-        return x, lengths
+            x, _mask = block(x, mask)
+        return x[0, : batch * (frames + 1)].unflatten(0, (batch, -1))[:, :frames] if rows else x, lengths
 
 
 def own_and_others(decoded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
