@@ -64,13 +64,14 @@ def write_corpus(folder: Path, name: str, scale: float, seconds: float) -> Path:
     return folder / f"{name}.jsonl"
 
 
-def measure(run: Run, tokens: int, seconds: float) -> dict[str, float]:
-    """One round: batches of all lengths after two that do not count, 6 and 3 for each of the loader's workers at least.
+def measure(run: Run, tokens: int, seconds: float, number: int) -> dict[str, float]:
+    """One round: batches of all lengths, others for another number, after two that do not count.
 
-    The first of all workers are made at once: a few steps do not show whether the loader keeps up.
+    6 and 3 for each of the loader's workers at least: the first of all workers are made at once, and a few steps do not
+    show whether the loader keeps up.
     """
     graphs = counters["stats"]["unique_graphs"]
-    meter = run.epoch(tokens, seconds, max(6, 3 * run.kwargs["dataset_conf"]["num_workers"]))
+    meter = run.epoch(tokens, seconds, max(6, 3 * run.kwargs["dataset_conf"]["num_workers"]), number)
     return {
         "compiled": counters["stats"]["unique_graphs"] - graphs,
         "rate": meter.seconds / meter.elapsed, "loader_share": meter.waited / meter.elapsed,
@@ -117,10 +118,10 @@ def bench_stage(stage: str, corpus: Path, folder: Path, args: argparse.Namespace
     }  # fmt: skip
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     if args.device == "cuda":  # what is compiled for a batch of another kind shall not be in the times
-        runs["ours"].epoch(ours, 0)
-    for number in range(args.rounds):
+        measure(runs["ours"], ours, 0, 0)
+    for number in range(1, args.rounds + 1):
         for name, (kind, tokens) in variants.items():
-            rounds[name].append(measure(runs[kind], tokens, args.round_seconds))
+            rounds[name].append(measure(runs[kind], tokens, args.round_seconds, number))
             logging.info("%s %s %s, round %d: %s", corpus.stem, stage, name, number, {
                 key: round(value, 3) for key, value in rounds[name][-1].items() if value is not None
             })  # fmt: skip

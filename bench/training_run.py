@@ -137,7 +137,7 @@ class Run:
         config["llm_conf"] |= {"llm_dtype": "bf16" if self.device == "cuda" else "fp32"}
         return config
 
-    def epoch(self, tokens: int, seconds: float, least: int = 6) -> Meter:
+    def epoch(self, tokens: int, seconds: float, least: int = 6, first: int = 0) -> Meter:
         """Train on about `seconds` of audio in batches of `tokens`, from short to long, `least` of them at least."""
         most = {"batch_size_sample_max": 10 if self.kind == "stock" and tokens == 6000 else 10**6}
         self.dataset.batch_size_token_max = max(tokens, 6000) if self.kind == "stock" else float("inf")
@@ -145,7 +145,8 @@ class Run:
         batches = list(arguments.pop("batch_sampler"))
         each = len(self.dataset) / len(batches) * self.mean_seconds()
         count = min(len(batches), WARM_UP + max(least, math.ceil(seconds / each)))
-        return self.train([batches[index * len(batches) // count] for index in range(count)], arguments)
+        chosen = [(first + index * len(batches) // count) % len(batches) for index in range(count)]
+        return self.train([batches[index] for index in chosen], arguments)
 
     def mean_seconds(self) -> float:
         lengths = [self.dataset.get_source_len(index) for index in range(0, len(self.dataset), 7)]

@@ -9,8 +9,8 @@ What differs from funasr/models/fun_asr_nano/model.py (1.4.16):
   * the LLM is given no attention mask: its padding is on the right. Same loss;
   * what must be read back from the GPU is read before the encoder's layers, but for the CTC loss; upstream waits for
     it several times a step;
-  * `fused_attention` computes attention without its matrix of scores, and on a GPU lets utterances through the encoder
-    one after another, without padding. Same loss, a fraction of the memory;
+  * `fused_attention` computes attention without its matrix of scores, and on a GPU of a batch's utterances in a row,
+    without a mask. Same loss, a fraction of the memory;
   * the CTC loss is computed from an utterance's own symbols and the sum of all others, not from all 60,515. Same loss;
   * `compiled_layers` lets torch.compile fuse the small operations of each layer, on a GPU. Same loss within bf16 noise.
 """
