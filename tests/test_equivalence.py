@@ -197,7 +197,7 @@ def test_compiled_layers_give_the_same_loss_and_gradients_for_batches_of_any_sha
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-6)
     # The encoder's first layer, which has another width, its others, the LLM's, one for adaptor and CTC branch, and
-    # and what is computed of the CTC branch's output.
+    # what is computed of the CTC branch's output.
     assert counters["stats"]["unique_graphs"] == 4 + (stage < 3)
 
 
