@@ -22,12 +22,21 @@ from funasr.models.transformer.attention import MultiHeadedAttention
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def inside(lengths: torch.Tensor, time: int) -> torch.Tensor:
+    """(batch, time), true where an utterance of its length is."""
+    return torch.arange(time, device=lengths.device) < lengths[:, None]
+
+
 def attend(layer: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask) -> torch.Tensor:
     """The layer's output for heads (batch, head, time, d_k) and a mask (batch, 1, time), nonzero where speech is.
+
+    In the mask's place may be a list, bounds and longest, of the segments of utterances in a row.
 
     Upstream keeps the scores of every layer for the backward pass: an utterance of 120 s is 2,000 frames, times 2,000,
     times 4 heads, times 70 layers. PyTorch computes the same sums in blocks; on a CPU only without dropout.
     """
+    if isinstance(mask, list):
+        return attend_each(layer, q, k, v, *mask)
     keep = None if mask is None else mask.unsqueeze(1) != 0
     dropout = layer.dropout.p if layer.training else 0.0
     heads = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout)
@@ -65,9 +74,13 @@ def in_a_row(x: torch.Tensor, lengths: torch.Tensor, gap: int) -> tuple[torch.Te
     total = batch * time + -batch * time % 256
     starts = torch.arange(0, batch * time, time, device=x.device)
     bounds = torch.nn.functional.pad(torch.stack([starts, starts + lengths], 1).flatten(), (0, 1), value=total).int()
-    mask = (torch.arange(time, device=x.device) < lengths[:, None]).flatten()
-    mask = torch.nn.functional.pad(mask, (0, total - batch * time))[None, None].to(x.dtype)
+    mask = torch.nn.functional.pad(inside(lengths, time).flatten(), (0, total - batch * time))[None, None].to(x.dtype)
     return torch.nn.functional.pad(x.flatten(0, 1), (0, 0, 0, total - batch * time))[None], mask, bounds, time + 256
+
+
+def in_a_batch(x: torch.Tensor, batch: int, frames: int, gap: int) -> torch.Tensor:
+    """The utterances of `in_a_row` as the batch (batch, frames, size) they were."""
+    return x[0, : batch * (frames + gap)].unflatten(0, (batch, -1))[:, :frames]
 
 
 class FusedSANM(MultiHeadedAttentionSANM):
@@ -82,13 +95,11 @@ class FusedSANM(MultiHeadedAttentionSANM):
         padded = torch.nn.functional.pad(inputs, (0, 0, *self.pad_fn.padding))
         weights = self.fsmn_block.weight[:, 0].unbind(1)
         memory = sum(weight * padded[:, at : at + inputs.shape[1]] for at, weight in enumerate(weights))
-        return self.dropout((memory + inputs).to(inputs.dtype)) * mask
+        return self.dropout(memory + inputs) * mask
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor, mask_shfit_chunk=None, mask_att_chunk_encoder=None):
         q, k, v, value = self.forward_qkv(x)
-        segments = mask_att_chunk_encoder
-        attended = attend_each(self, q, k, v, *segments) if segments else attend(self, q, k, v, mask)
-        return attended + self.forward_fsmn(value, mask, mask_shfit_chunk)
+        return attend(self, q, k, v, mask_att_chunk_encoder or mask) + self.forward_fsmn(value, mask, mask_shfit_chunk)
 
 
 class FusedEncoder(SenseVoiceEncoderSmall):
@@ -98,12 +109,10 @@ class FusedEncoder(SenseVoiceEncoderSmall):
         x = self.embed(xs_pad * self.output_size() ** 0.5)
         (batch, frames), lengths = x.shape[:2], ilens.int()
         if not takes_rows(x):
-            mask = torch.arange(frames, device=x.device) < lengths[:, None]
-            return self.through(x, mask[:, None, :].to(x.dtype)), lengths
+            return self.through(x, inside(lengths, frames)[:, None, :].to(x.dtype)), lengths
         gap = max(self.encoders0[0].self_attn.pad_fn.padding)
         x, mask, *segments = in_a_row(x, lengths, gap)
-        x = self.through(x, mask, segments)[0, : batch * (frames + gap)]
-        return x.unflatten(0, (batch, -1))[:, :frames], lengths
+        return in_a_batch(self.through(x, mask, segments), batch, frames, gap), lengths
 
     def through(self, x: torch.Tensor, mask: torch.Tensor, segments: list | None = None) -> torch.Tensor:
         """All layers, on (batch, time, size) and a mask (batch, 1, time); segments of utterances in a row."""
@@ -119,8 +128,7 @@ class Fused(MultiHeadedAttention):
     """The adaptor's and the CTC branch's attention."""
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | list):
-        heads = self.forward_qkv(query, key, value)
-        return attend_each(self, *heads, *mask) if isinstance(mask, list) else attend(self, *heads, mask)
+        return attend(self, *self.forward_qkv(query, key, value), mask)
 
 
 class FusedTransformer(Transformer):
@@ -133,11 +141,11 @@ class FusedTransformer(Transformer):
         if rows:
             x, _mask, *mask = in_a_row(x, lengths, 1)
         else:
-            mask = (torch.arange(frames, device=x.device) < lengths[:, None])[:, None, :]
+            mask = inside(lengths, frames)[:, None, :]
         x = self.linear2(self.relu(self.linear1(x)))
         for block in self.blocks or []:
             x, _mask = block(x, mask)
-        return x[0, : batch * (frames + 1)].unflatten(0, (batch, -1))[:, :frames] if rows else x, lengths
+        return in_a_batch(x, batch, frames, 1) if rows else x, lengths
 
 
 def own_and_others(decoded: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

@@ -142,11 +142,13 @@ class FunASRNano(stock.FunASRNano):
         row, their places among these; how many symbols each row has, and how many decoded frames.
         """
         texts = [self.ctc_tokenizer.encode(row["assistant"][0]) for row in rows]
-        different = [list(dict.fromkeys([self.blank_id, *text])) for text in texts]
-        places = [own.index(symbol) for own, text in zip(different, texts, strict=True) for symbol in text]
-        different = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, different)), True, -1).to(lengths.device)
+        symbols = (dict.fromkeys([self.blank_id, *text]) for text in texts)
+        owned = [{symbol: place for place, symbol in enumerate(own)} for own in symbols]
+        places = [own[symbol] for own, text in zip(owned, texts, strict=True) for symbol in text]
+        different = torch.nn.utils.rnn.pad_sequence([torch.tensor(list(own)) for own in owned], True, -1)
         places = torch.tensor(places, dtype=torch.long, device=lengths.device)
-        return different, places, list(map(len, texts)), ((lengths - 1) // self.ctc_decoder.k + 1).tolist()
+        frames = (lengths - 1) // self.ctc_decoder.k + 1
+        return different.to(lengths.device), places, list(map(len, texts)), frames.tolist()
 
     def _ctc_loss(
         self, encoder_out: torch.Tensor, lengths: torch.Tensor, different: torch.Tensor, places: torch.Tensor,
