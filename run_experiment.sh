@@ -26,9 +26,10 @@ EOF
 
 # --- how a stage runs ----------------------------------------------------------------------------------------------
 run_stage() {  # NUMBER FUNCTION: the function, unless TITLE's work is done; READS SETTINGS WRITES FOLDERS LOG are set
-  local stage=$1 body=$2 code=0 began=$SECONDS folder
+  local stage=$1 body=$2 code=0 began=$SECONDS folder option
   local marker=("$PYTHON" local/stage_status.py) facts=(--stage "$stage" --output_root "$EXP_OUTPUT" --inputs
-    "${READS[@]}" --config "${SETTINGS[@]}")
+    "${READS[@]}" --config)
+  for option in "${SETTINGS[@]}"; do facts+=("$option=${!option}"); done
   if ((NODE_RANK > 0 && (stage < 1 || stage > 3))); then echo "stage $stage: machine 0 does it"; return; fi
   "${marker[@]}" check "${facts[@]}" --force "$FORCE" --on_change "$ON_CHANGE" || code=$?
   case $code in 0) return ;; 3 | 4) ;; *) exit "$code" ;; esac
@@ -54,9 +55,7 @@ needs() {  # STAGE FILE...: what an earlier stage has to have written
   for file in "${@:2}"; do [[ -s $file ]] || fail "no $file; run stage $1 first: bash run_experiment.sh $1"; done
 }
 
-refuse_if() {  # FILE...: work that a change of inputs must not replace unasked
-  if (($#)); then echo refuse; else echo redo; fi
-}
+refuse_if() { if (($#)); then echo refuse; else echo redo; fi; }  # FILE...: work not to be replaced unasked
 
 needs_model() {  # -> MODEL_DIR
   needs -1 "$EXP_OUTPUT/model/model_dir.txt"
@@ -67,7 +66,7 @@ needs_model() {  # -> MODEL_DIR
 # --- stage -1: the pretrained model ---------------------------------------------------------------------------------
 stage_-1() {
   TITLE="$MODEL -> checked model folder, named in $EXP_OUTPUT/model/model_dir.txt"
-  READS=("$MODEL/config.yaml" "$MODEL/model.pt") SETTINGS=("MODEL=$MODEL") FOLDERS=()
+  READS=("$MODEL/config.yaml" "$MODEL/model.pt") SETTINGS=(MODEL) FOLDERS=()
   WRITES=("$EXP_OUTPUT/model/model_dir.txt" "$EXP_OUTPUT/model/check.json") LOG=$EXP_OUTPUT/logs/stage-1.log
   run_stage -1 get_model
 }
@@ -79,9 +78,8 @@ stage_0() {
   TITLE="$RAW_16K_TRAIN, $REAL_8K_TRAIN and their dev and test sets -> $DATA"
   READS=("$RAW_16K_TRAIN" "$RAW_16K_DEV" "$RAW_16K_TEST" "$REAL_8K_TRAIN" "$REAL_8K_DEV" "$REAL_8K_TEST"
     "$CHANNEL_CONF" "$FILTER_CONF" "$BG_NOISE_SCP" "$MODEL_DIR/config.yaml" "$MODEL_DIR/Qwen3-0.6B/tokenizer.json")
-  SETTINGS=("TEXT_STYLE=$TEXT_STYLE" "FRONTEND_FS=$FRONTEND_FS" "MAX_SPEECH_LENGTH=$MAX_SPEECH_LENGTH" "SEED=$SEED")
-  WRITES=("${TRAIN_DATA[@]}" "${TEST_DATA[@]}" "$DATA/STAGE0_COMPLETION_REPORT.md")
-  FOLDERS=("$DATA") LOG=$EXP_OUTPUT/logs/stage0.log SETTINGS+=("ONLINE_CHANNEL=$ONLINE_CHANNEL")
+  SETTINGS=(TEXT_STYLE FRONTEND_FS MAX_SPEECH_LENGTH SEED ONLINE_CHANNEL) LOG=$EXP_OUTPUT/logs/stage0.log
+  WRITES=("${TRAIN_DATA[@]}" "${TEST_DATA[@]}" "$DATA/STAGE0_COMPLETION_REPORT.md") FOLDERS=("$DATA")
   ON_CHANGE=$(refuse_if "$DATA"/*/train_formatted.jsonl); run_stage 0 prepare_data
 }
 
@@ -102,12 +100,15 @@ prepare_data() {
     convert "$WORK/real_$split.jsonl" "$REAL" "$split" audio_upsampled "$WORK"/rejected_real_"$split"*.jsonl
     convert "$WORK/raw_$split.jsonl" "$WIDE" "$split" audio "$WORK"/rejected_raw_"$split"*.jsonl
   done
-  "${simulate[@]}" --no_speech_probe 12 --output "$WORK/no_speech.jsonl" --output_audio_dir "$DATA/no_speech/audio"
-  convert "$WORK/no_speech.jsonl" "$DATA/no_speech" test audio "$WORK/rejected_no_speech.jsonl"
+  no_speech train 300; no_speech test 60
   validate
   "${PREPARE[@]}" stats --data_dir "$DATA" --source "${sources[@]}"
 }
 validate() { "${PREPARE[@]}" validate --fs "$FRONTEND_FS" --input "${TRAIN_DATA[@]}" "${TEST_DATA[@]}"; }
+no_speech() {  # SPLIT COUNT -> calls on which nobody speaks
+  "${simulate[@]}" --no_speech_probe "$2" --output "$WORK/no_speech_$1.jsonl" --output_audio_dir "$SILENCE/audio"
+  convert "$WORK/no_speech_$1.jsonl" "$SILENCE" "$1" audio "$WORK/rejected_no_speech_$1.jsonl"
+}
 
 held_out() {  # NAME DEV TEST [option...] -> work/NAME_{dev,test}.jsonl: no speaker is in both
   if [[ -n $3 ]]; then
@@ -133,12 +134,14 @@ convert() {  # IN FOLDER SPLIT AUDIO_DIR REJECTED... -> FOLDER/SPLIT_formatted.j
 }
 
 # --- stages 1-3: training -------------------------------------------------------------------------------------------
-stage_1() { needs_model; train_stage 1 "simulated calls, base model -> encoder" "$MODEL_DIR/model.pt"; }
-stage_2() { needs_model; train_stage 2 "the same data, stage 1 -> adaptor and CTC" "$EXP/${NAMES[1]}/averaged.pt"; }
-stage_3() { needs_model; train_stage 3 "real calls, stage 2 -> LoRA on the LLM" "$EXP/${NAMES[2]}/averaged.pt"; }
+stage_1() { train_stage 1 "simulated calls, base model -> encoder" REAL_SHARE; }
+stage_2() { train_stage 2 "the same data, stage 1 -> adaptor and CTC" REAL_SHARE; }
+stage_3() { train_stage 3 "real calls, stage 2 -> LoRA on the LLM" SIMULATED_SHARE; }
 
-train_stage() {  # NUMBER TITLE PARENT_CHECKPOINT
-  N=$1 TITLE=$2 DIR=$EXP/${NAMES[$1]} LOG=$EXP/${NAMES[$1]}/train.log PARENT=$3
+train_stage() {  # NUMBER TITLE SHARE
+  needs_model
+  N=$1 TITLE=$2 DIR=$EXP/${NAMES[$1]} LOG=$EXP/${NAMES[$1]}/train.log PARENT=$EXP/${NAMES[$1 - 1]}/averaged.pt
+  if ((N == 1)); then PARENT=$MODEL_DIR/model.pt; fi
   if [[ -n $INIT_CHECKPOINT ]] && ((N == STAGE)); then PARENT=$INIT_CHECKPOINT; fi
   ((NODE_RANK == 0)) || LOG=$EXP_OUTPUT/logs/stage$1.machine$NODE_RANK.log
   needs 0 "${TRAIN_DATA[@]}"
@@ -146,17 +149,16 @@ train_stage() {  # NUMBER TITLE PARENT_CHECKPOINT
   CONFS=(--stage_conf "conf/${NAMES[$1]}.yaml")
   [[ -f $STAGE_OVERLAY_DIR/${NAMES[$1]}.yaml ]] && CONFS+=(--overlay "$STAGE_OVERLAY_DIR/${NAMES[$1]}.yaml")
   READS=("${CONFS[1]}" "${CONFS[3]:-}" "$PARENT" "$MODEL_DIR/config.yaml" "${TRAIN_DATA[@]}")
-  SETTINGS=("FRONTEND_FS=$FRONTEND_FS" "SEED=$SEED" "WIDEBAND_REPLAY=$WIDEBAND_REPLAY")
-  if ((N < 3)); then SETTINGS+=("REAL_SHARE=$REAL_SHARE"); else SETTINGS+=("SIMULATED_SHARE=$SIMULATED_SHARE"); fi
+  SETTINGS=(FRONTEND_FS SEED WIDEBAND_REPLAY NO_SPEECH_SHARE "$3")
   WRITES=("$DIR"/{averaged.pt,run.json,trainlist.jsonl}) FOLDERS=("$DIR") ON_CHANGE=$(refuse_if "$DIR"/model.pt*)
   run_stage "$N" train
 }
 
 train() {
   validate
-  "$PYTHON" local/make_train_list.py --stage "$N" --simulated "$SIM" --real "$REAL" --wideband "$WIDE" \
-    --real_share "$REAL_SHARE" --wideband_replay "$WIDEBAND_REPLAY" --simulated_share "$SIMULATED_SHARE" \
-    --seed "$SEED" --output "$DIR/trainlist.jsonl" --valid_output "$DIR/valid.jsonl"
+  "$PYTHON" local/make_train_list.py --stage "$N" --data_dir "$DATA" --real_share "$REAL_SHARE" --seed "$SEED" \
+    --wideband_replay "$WIDEBAND_REPLAY" --simulated_share "$SIMULATED_SHARE" --no_speech_share "$NO_SPEECH_SHARE" \
+    --output "$DIR/trainlist.jsonl" --valid_output "$DIR/valid.jsonl"
   local gpus=${NGPU:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')} launch=("$PYTHON")
   if ((gpus > 1 || NNODES > 1)); then
     launch+=(-m torch.distributed.run --nproc_per_node "$((gpus > 0 ? gpus : 1))" --nnodes "$NNODES"
@@ -171,15 +173,13 @@ train() {
 
 # --- stage 4: final model and scores --------------------------------------------------------------------------------
 stage_4() {
-  needs_model
+  needs_model; needs 0 "${TEST_DATA[@]}"
   STEPS=("$EXP"/{"${NAMES[1]}","${NAMES[2]}","${NAMES[3]}"}/averaged.pt)
   for N in 1 2 3; do needs "$N" "${STEPS[N - 1]}"; done
-  needs 0 "${TEST_DATA[@]}"
   TITLE="base, stages 1-3, dev and test sets -> final model, transcripts, $EVAL/summary.json"
   READS=("$MODEL_DIR/model.pt" "${STEPS[@]}" "${TEST_DATA[@]}" conf/decode.yaml "$KEYWORDS")
-  SETTINGS=("ALPHAS=$ALPHAS" "MAX_WIDEBAND_LOSS=$MAX_WIDEBAND_LOSS" "FRONTEND_FS=$FRONTEND_FS")
+  SETTINGS=(ALPHAS MAX_WIDEBAND_LOSS FRONTEND_FS) LOG=$EXP_OUTPUT/logs/stage4.log
   WRITES=("$EVAL/checkpoints/final.pt" "$EVAL/summary.json" "$EVAL/interpolation.json") FOLDERS=("$EVAL")
-  LOG=$EXP_OUTPUT/logs/stage4.log
   run_stage 4 evaluate
 }
 
@@ -203,7 +203,7 @@ evaluate() {
 
 decode() {  # SPLIT OUTPUT_DIR NAME=CHECKPOINT...
   local models=("${@:3}") sets=("simulated_$1=$SIM" "real_$1=$REAL" "wideband_$1=$WIDE")
-  [[ $1 == test ]] && sets+=("no_speech=$DATA/no_speech")
+  [[ $1 == test ]] && sets+=("no_speech=$SILENCE")
   sets=("${sets[@]/%//$1_formatted.jsonl}")
   "$PYTHON" local/decode.py --model_dir "$MODEL_DIR" "${models[@]/#/--checkpoint=}" "${sets[@]/#/--test_set=}" \
     --output_dir "$2" --frontend_fs "$FRONTEND_FS"
@@ -215,7 +215,7 @@ stage_5() {
   needs_model; needs 4 "$EVAL/summary.json" "$EVAL/checkpoints/final.pt"
   TITLE="$EVAL -> $EXP_OUTPUT/report/index.html, $EXP_OUTPUT/final_model" LOG=$EXP_OUTPUT/logs/stage5.log
   READS=("$EVAL"/{summary.json,interpolation.json,checkpoints/final.pt}) FOLDERS=("$EXP_OUTPUT"/{report,final_model})
-  SETTINGS=("REPORT_AUDIO=$REPORT_AUDIO" "FRONTEND_FS=$FRONTEND_FS" "TEXT_STYLE=$TEXT_STYLE")
+  SETTINGS=(REPORT_AUDIO FRONTEND_FS TEXT_STYLE)
   WRITES=("$EXP_OUTPUT"/report/{index.html,report.md} "$EXP_OUTPUT"/final_model/{model.pt,config.yaml})
   run_stage 5 finish
 }
@@ -235,12 +235,12 @@ main() {
   parse_options "$@"
   check_options
   DATA=$EXP_OUTPUT/data WORK=$EXP_OUTPUT/data/work EXP=$EXP_OUTPUT/exp/8k_telephone EVAL=$EXP_OUTPUT/eval
-  SIM=$DATA/simulated_8k_telephone REAL=$DATA/real_8k_telephone WIDE=$DATA/wideband_16k
-  PREPARE=("$PYTHON" local/prepare_training_data.py) TRAIN_DATA=({"$SIM","$REAL","$WIDE"}/{train,dev}_formatted.jsonl)
-  TEST_DATA=({"$SIM","$REAL","$WIDE"}/{dev,test}_formatted.jsonl "$DATA/no_speech/test_formatted.jsonl")
+  SIM=$DATA/simulated_8k_telephone REAL=$DATA/real_8k_telephone WIDE=$DATA/wideband_16k SILENCE=$DATA/no_speech
+  TRAIN_DATA=({"$SIM","$REAL","$WIDE"}/{train,dev}_formatted.jsonl "$SILENCE/train_formatted.jsonl")
+  TEST_DATA=({"$SIM","$REAL","$WIDE"}/{dev,test}_formatted.jsonl "$SILENCE/test_formatted.jsonl")
   NAMES=("" stage1_encoder_adapt stage2_adapter_align stage3_lora_domain)
   WORKERS=(--num_workers "${NUM_WORKERS:-$(nproc)}" ${DASK_SCHEDULER:+--dask_scheduler "$DASK_SCHEDULER"})
-  LIMITED=("${WORKERS[@]}" --max_reject_ratio "$MAX_REJECT_RATIO")
+  LIMITED=("${WORKERS[@]}" --max_reject_ratio "$MAX_REJECT_RATIO") PREPARE=("$PYTHON" local/prepare_training_data.py)
   mkdir -p "$EXP_OUTPUT" || exit 1
   # Everything started from here inherits the lock, so what a killed run left behind still holds it.
   exec 9>"$EXP_OUTPUT/.lock$NODE_RANK"

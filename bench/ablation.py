@@ -31,6 +31,7 @@ VARIANTS: dict[str, tuple[str, int, dict[str, str], dict[str, dict[str, Any]]]] 
     "ctc_1": ("CTC weight 1.0 in stage 1, not 0.3", 1, {}, {STAGES[0]: {"ctc_weight": 1.0}}),
     "no_specaug": ("without SpecAugment", 1, {}, dict.fromkeys(STAGES, {"specaug": None})),
     "no_replay": ("without wideband replay", 1, {"wideband_replay": "0"}, {}),
+    "no_silence": ("without calls on which nobody speaks", 1, {"no_speech_share": "0"}, {}),
     "fs_8000": ("features at 8 kHz (FRONTEND_FS=8000)", -1, {"frontend_fs": "8000"}, {}),
 }
 COLUMNS = (

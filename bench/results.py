@@ -45,6 +45,8 @@ def table(experiment: Path) -> str:
         cells = [scores[model, name] for model in MODELS]
         cells = [f"{100 * c[rate]:.1f} ({100 * c[rate + '_low']:.1f}-{100 * c[rate + '_high']:.1f})" for c in cells]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    written = (f"{scores[model, 'no_speech']['chars_per_minute']:.1f}" for model in MODELS)
+    lines.append("| characters a minute where nobody speaks 无人说话时每分钟字数 | " + " | ".join(written) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 
-from common import write_json
+from common import NO_SPEECH, write_json
 
 CONFIG = Path(__file__).resolve().parents[1] / "conf" / "demo" / "miniature.yaml"
 LLM_FOLDER = "Qwen3-0.6B"
@@ -25,6 +25,7 @@ CTC_VOCABULARY = "multilingual.tiktoken"
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PROMPT_TOKENS = [
     "system\n", "user\n", "assistant\n", "You are a helpful assistant.", "语音转写：", "语音转写，不进行文本规整：",
+    NO_SPEECH,
 ]
 # FunASR makes exactly these relative paths absolute when it loads the folder.
 FILE_PATH_METAS = {

@@ -25,6 +25,11 @@ USERS_TO_MEND = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ER
                  errno.EISDIR, errno.ENAMETOOLONG}
 
 
+# The text of a row in which nobody speaks: what the released model writes for silence and noise, and FunASR takes out
+# of what was recognised (funasr/models/fun_asr_nano/model.py, 1.4.16). Rows without text it would not train on.
+NO_SPEECH = "/sil"
+
+
 class UserError(Exception):
     """A mistake the user can mend: what is wrong, where, and what to do, in one line.
 

@@ -178,7 +178,8 @@ def read_entries(args: argparse.Namespace) -> Iterator[Entry]:
     """The rows of the input, or those of calls without speech."""
     if args.no_speech_probe:
         for number in range(args.no_speech_probe):
-            row = {"key": f"no_speech_{number:06d}", "target": "", "probe": noise.PROBES[number % len(noise.PROBES)]}
+            kind, key = noise.PROBES[number % len(noise.PROBES)], f"{args.output.stem}_{number:06d}"
+            row = {"key": key, "target": "", "probe": kind}
             yield Entry(row, row)
         return
     base = args.input.resolve().parent

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import audio
-from common import UserError, file_hash, progress, read_jsonl, run, write_json, write_jsonl
+from common import NO_SPEECH, UserError, file_hash, progress, read_jsonl, run, write_json, write_jsonl
 from nano.inference import Recogniser, Utterance, batches, read_conf
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -68,7 +68,7 @@ def transcript(row: dict[str, Any], hypothesis: str, model: str, test_set: str) 
     """One row of the output for a formatted row and what the model heard."""
     said = parse_row(row)
     return {
-        "key": row["key"], "hyp": hypothesis, "ref": said.get("assistant", ""),
+        "key": row["key"], "hyp": hypothesis, "ref": said.get("assistant", "").replace(NO_SPEECH, ""),
         "seconds": row["speech_length"] / 100, "model": model, "test_set": test_set,
         "condition": row.get("channel"), **{name: row.get(name) for name in ("speaker", "call", "corpus")},
         "audio": said["audio"],

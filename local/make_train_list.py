@@ -1,11 +1,11 @@
 """Write the list of utterances one stage trains on, so that what an epoch holds can be read.
 
-    python local/make_train_list.py --stage 1 --simulated DATA/simulated_8k_telephone --real DATA/real_8k_telephone \
-        --wideband DATA/wideband_16k --output trainlist.jsonl --valid_output valid.jsonl
+    python local/make_train_list.py --stage 1 --data_dir exp_output/data --output trainlist.jsonl \
+        --valid_output valid.jsonl
 
-Each of the three is a folder with {train,dev}_formatted.jsonl. Stages 1 and 2: all simulated rows, real and wideband
-ones as shares of their count; stage 3: all real rows, simulated and wideband ones as shares. Shares are counts: with
-fewer rows than a share asks for, rows repeat, under keys key#2, key#3. Choice and order are a function of (seed, key).
+Stages 1 and 2: all simulated rows, and real, wideband and silent ones as shares of their count; stage 3: all real rows,
+and simulated, wideband and silent ones as shares. Shares are counts: with fewer rows than a share asks for, rows
+repeat, under keys key#2, key#3. Choice and order are a function of (seed, key).
 The dev list holds telephone speech only: it ranks checkpoints by what is to be recognised.
 """
 
@@ -60,11 +60,10 @@ def mix(main: list[dict], shares: list[tuple[str, list[dict], float]], seed: int
 def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True, help="Stage the list is for.")
-    parser.add_argument("--simulated", type=Path, required=True, help="Folder of the simulated telephone speech.")
-    parser.add_argument("--real", type=Path, required=True, help="Folder of the real calls.")
-    parser.add_argument("--wideband", type=Path, required=True, help="Folder of the wideband speech.")
+    parser.add_argument("--data_dir", type=Path, required=True, help="What stage 0 wrote: CORPUS/*_formatted.jsonl.")
     parser.add_argument("--real_share", type=float, default=0.1, help="Stages 1, 2: real rows per simulated row.")
     parser.add_argument("--wideband_replay", type=float, default=0.1, help="Wideband rows per row of the main source.")
+    parser.add_argument("--no_speech_share", type=float, default=0.02, help="Calls without speech per such row.")
     parser.add_argument("--simulated_share", type=float, default=0.3, help="Stage 3: simulated rows per real row.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the choice and the order.")
     parser.add_argument("--output", type=Path, required=True, help="Train list to write.")
@@ -74,20 +73,22 @@ def get_args() -> argparse.Namespace:
 
 def main() -> None:
     args = get_args()
-    for name in ("real_share", "wideband_replay", "simulated_share"):
+    for name in ("real_share", "wideband_replay", "no_speech_share", "simulated_share"):
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)}: a share is 0 or more", code=2)
-    simulated, real, wideband = (
-        list(read_jsonl(folder / "train_formatted.jsonl")) for folder in (args.simulated, args.real, args.wideband)
-    )
-    replay = ("wideband_replay", wideband, args.wideband_replay)
+
+    def read(corpus: str, split: str = "train") -> list[dict[str, Any]]:
+        return list(read_jsonl(args.data_dir / corpus / f"{split}_formatted.jsonl"))
+
+    shares = [("wideband_replay", read("wideband_16k"), args.wideband_replay),
+              ("no_speech_share", read("no_speech"), args.no_speech_share)]  # fmt: skip
+    simulated, real = read("simulated_8k_telephone"), read("real_8k_telephone")
+    dev = read("real_8k_telephone", "dev")
     if args.stage == 3:
-        rows = mix(real, [("simulated_share", simulated, args.simulated_share), replay], args.seed)
+        rows = mix(real, [("simulated_share", simulated, args.simulated_share), *shares], args.seed)
     else:
-        rows = mix(simulated, [("real_share", real, args.real_share), replay], args.seed)
-    dev = [row for folder in (args.simulated, args.real) for row in read_jsonl(folder / "dev_formatted.jsonl")]
-    if args.stage == 3:
-        dev = list(read_jsonl(args.real / "dev_formatted.jsonl"))
+        rows = mix(simulated, [("real_share", real, args.real_share), *shares], args.seed)
+        dev = read("simulated_8k_telephone", "dev") + dev
     if not dev:
         raise UserError("the dev list is empty: no checkpoint could be chosen; see rejected_dev.jsonl of stage 0")
     logging.info("stage %d: %d rows to train on, %d for dev", args.stage, write_jsonl(args.output, rows), len(dev))

@@ -71,7 +71,7 @@ check_options() {  # all that can be checked before anything is done
   for name in SEED NNODES NODE_RANK MASTER_PORT MAX_SPEECH_LENGTH ${NGPU:+NGPU} ${NUM_WORKERS:+NUM_WORKERS}; do
     [[ ${!name} =~ ^[0-9]+$ ]] || fail "--${name,,} '${!name}' is not a whole number"
   done
-  for name in REAL_SHARE WIDEBAND_REPLAY SIMULATED_SHARE MAX_REJECT_RATIO MAX_WIDEBAND_LOSS; do
+  for name in REAL_SHARE WIDEBAND_REPLAY NO_SPEECH_SHARE SIMULATED_SHARE MAX_REJECT_RATIO MAX_WIDEBAND_LOSS; do
     [[ ${!name} =~ ^[0-9]*\.?[0-9]+$ ]] || fail "--${name,,} '${!name}' is not a number of at least 0"
   done
   for value in $ALPHAS; do

@@ -14,6 +14,7 @@ import heapq
 import json
 import logging
 import os
+import re
 import shlex
 import subprocess
 from collections import Counter
@@ -27,7 +28,7 @@ from corpus import count_rows, hash_share, read_rows, segment
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = 200  # recordings of a set whose length is read before stage 0
-SIMULATED, REAL, WIDEBAND = "simulated_8k_telephone", "real_8k_telephone", "wideband_16k"
+SIMULATED, REAL, WIDEBAND, NO_SPEECH = "simulated_8k_telephone", "real_8k_telephone", "wideband_16k", "no_speech"
 OPTION = {SIMULATED: "RAW_16K", REAL: "REAL_8K", WIDEBAND: "RAW_16K"}
 STAGES = ("stage1_encoder_adapt", "stage2_adapter_align", "stage3_lora_domain")
 # The shell's own reading of its options; only a stage 0 that is still to come needs the corpora.
@@ -85,7 +86,9 @@ def hours(lengths: Lengths) -> float:
 def epoch(stage: int, sets: dict[tuple[str, str], Lengths], options: dict[str, str]) -> dict[str, Lengths]:
     """The rows of an epoch by corpus, as many as make_train_list.py takes."""
     main, other, share = (REAL, SIMULATED, "SIMULATED_SHARE") if stage == 3 else (SIMULATED, REAL, "REAL_SHARE")
-    shares = {main: "1", other: options[share], WIDEBAND: options["WIDEBAND_REPLAY"]}
+    shares = {main: "1", other: options[share], WIDEBAND: options["WIDEBAND_REPLAY"],
+              NO_SPEECH: options["NO_SPEECH_SHARE"]}  # fmt: skip
+    sets = sets | {(NO_SPEECH, "train"): [(517, 2)]}  # (15 - 1) / ln 15 seconds, and two tokens
     count = len(sets[main, "train"])
     rows = {corpus: cycle(sets[corpus, "train"]) for corpus in shares}
     return {corpus: list(islice(rows[corpus], round(float(share) * count))) for corpus, share in shares.items()}
@@ -158,7 +161,7 @@ def sections(options: dict[str, str], given: list[str]) -> Iterator[str]:
     for number, name in enumerate(STAGES, 1):
         rows = {corpus: lengths for corpus, lengths in epoch(number, sets, options).items() if lengths}
         total = sum(map(hours, rows.values()))
-        columns.append({"rows an epoch": " + ".join(f"{len(rows[c]):,} {c.split('_')[0]}" for c in rows),
+        columns.append({"rows an epoch": " + ".join(f"{len(rows[c]):,} {re.split('_[0-9]', c)[0]}" for c in rows),
                         "hours an epoch": f"{total:.2f}"})  # fmt: skip
         if named.is_file():
             lengths = [sum(pair) for part in rows.values() for pair in part]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import audio
 import corpus
-from common import UserError, atomic_write, batches, file_hash, parallel, progress, run, write_jsonl
+from common import NO_SPEECH, UserError, atomic_write, batches, file_hash, parallel, progress, run, write_jsonl
 from corpus import Entry
 from corpus_filter import filter_corpus
 from stage0_report import stats, validate
@@ -103,7 +103,7 @@ def format_entry(entry: Entry, folder: Path, since: float, args: argparse.Namesp
     messages = [
         {"role": "system", "content": "You are a helpful assistant."},
         {"role": "user", "content": f"{PROMPTS[args.text_style]}<|startofspeech|>!{path}<|endofspeech|>"},
-        {"role": "assistant", "content": row["target"]},
+        {"role": "assistant", "content": row["target"] or NO_SPEECH},
     ]
     lengths = {"speech_length": samples * 100 // fs, "text_length": None}  # counted where the tokenizer is
     carried = {name: row[name] for name in ("channel", *corpus.OPTIONAL) if name in row and name not in cut}

@@ -45,7 +45,7 @@ def check_files(paths: list[str], fs: int, check_all: bool) -> Iterator[str]:
         name, total, valid = Path(path).stem, count_rows(path), 0
         role = next((split for split in ("train", "dev", "test") if split in re.split("[_-]", name)), name)
         for number, row in enumerate(progress(read_jsonl(path), total, f"validate {name}"), 1):
-            if problem := structure_problem(row, role):
+            if problem := structure_problem(row):
                 yield f"{path}:{number}: {problem}"
                 continue
             valid += 1
@@ -67,7 +67,7 @@ def check_files(paths: list[str], fs: int, check_all: bool) -> Iterator[str]:
             yield f"{path}: no valid rows"
 
 
-def structure_problem(row: dict[str, Any], role: str) -> str | None:
+def structure_problem(row: dict[str, Any]) -> str | None:
     """What is wrong with a row's fields, or None."""
     if not isinstance(row.get("key"), str) or not row["key"]:
         return "no key"
@@ -81,10 +81,8 @@ def structure_problem(row: dict[str, Any], role: str) -> str | None:
             return ("messages are not texts of system, user, assistant, the user's with "
                     "<|startofspeech|>!/absolute/path<|endofspeech|>")
     for name in ("speech_length", "text_length"):
-        # FunASR leaves out rows without text: fine in a test set of no speech, a loss in training.
-        least = 0 if name == "text_length" and role == "test" else 1
-        if type(row.get(name)) is not int or row[name] < least:
-            return f"{name} {row.get(name)!r} is not an integer of at least {least}"
+        if type(row.get(name)) is not int or row[name] < 1:
+            return f"{name} {row.get(name)!r} is not an integer of at least 1"
     return None
 
 

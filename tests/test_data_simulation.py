@@ -246,7 +246,7 @@ def test_calls_without_speech(tmp_path):
     for row in probes:
         samples, fs = soundfile.read(row["source"])
         assert row["target"] == "" and "wideband_source" not in row
-        assert 3 <= samples.size / fs <= 15.1
+        assert 1 <= samples.size / fs <= 15.1
         assert np.all(samples[: samples.size // 160 * 160].reshape(-1, 160).std(axis=1) > 0), row
         if row["channel"]["probe"] == "ringback":
             loudest = np.argmax(np.abs(np.fft.rfft(samples))) * fs / samples.size

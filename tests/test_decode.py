@@ -1,5 +1,6 @@
 """Decoding gives what stock FunASR gives, whatever is batched, folded or interrupted; scores follow from it."""
 
+import copy
 import json
 import os
 import signal
@@ -13,7 +14,7 @@ import soundfile
 import torch
 
 from common import UserError, read_jsonl, write_jsonl
-from decode import named, utterance
+from decode import named, transcript, utterance
 from miniature import build_folder
 from nano.inference import Recogniser, batches, read_conf
 
@@ -216,6 +217,12 @@ def test_unchanged_transcripts_are_kept_and_changed_weights_decoded_again(model_
     assert "base.real_test.jsonl: up to date" in again.stderr
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.jsonl")}
     assert [name for name in before if before[name] != after[name]] == ["own.real_test.jsonl"]
+
+
+def test_the_mark_of_silence_is_no_text_in_reference_and_hypothesis(test_set):
+    row = copy.deepcopy(test_set[1][0])
+    row["messages"][2]["content"] = "/sil"
+    assert transcript(row, "", "base", "no_speech")["ref"] == ""
 
 
 @pytest.mark.parametrize("pairs", [["x"], ["a=1", "a=2"], ["../x=1"], ["=1"]])

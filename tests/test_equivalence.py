@@ -145,14 +145,14 @@ def test_utterances_in_a_row_give_the_loss_of_a_padded_batch(folder, monkeypatch
 
 
 def test_the_ctc_loss_of_an_utterances_own_symbols_is_that_of_all_symbols(folder):
-    """Loss and gradients; repeated symbols, padding, and an utterance that is too short for its text among them."""
+    """Loss and gradients; repeated symbols, padding, silence, and an utterance too short for its text among them."""
     model = build(folder, 2, ctc_weight=0.3)
     assert model.ctc.ctc_lo.out_features % 8, "so that the symbols that fill up the matrix would be seen"
-    encoded, lengths = torch.randn(4, 20, 32), torch.tensor([20, 13, 7, 2])
-    rows = [{"assistant": [text]} for text in ("一二三一一", "五", "二二二", "一二三四五六七八九零")]
+    encoded, lengths = torch.randn(5, 20, 32), torch.tensor([20, 13, 7, 2, 9])
+    rows = [{"assistant": [text]} for text in ("一二三一一", "五", "二二二", "一二三四五六七八九零", "/sil")]
 
     def plain(decoded):
-        texts = [model.ctc_tokenizer.encode(row["assistant"][0]) for row in rows]
+        texts = [model.ctc_tokenizer.encode(row["assistant"][0]) for row in rows[:-1]] + [[]]
         return torch.nn.functional.ctc_loss(
             model.ctc.log_softmax(decoded).transpose(0, 1), torch.tensor(sum(texts, [])), lengths,
             torch.tensor(list(map(len, texts))), blank=model.blank_id, zero_infinity=True,

@@ -55,8 +55,8 @@ def epoch_written(corpus, stage):
     data, lists = corpus / "exp/data", corpus / f"stage{stage}"
     subprocess.run(
         [sys.executable, ROOT / "local/make_train_list.py", "--stage", str(stage),
-         "--simulated", data / plan.SIMULATED, "--real", data / plan.REAL, "--wideband", data / plan.WIDEBAND,
-         "--real_share", "0.3", "--output", lists / "train.jsonl", "--valid_output", lists / "valid.jsonl"],
+         "--data_dir", data, "--real_share", "0.3", "--no_speech_share", "0.1",
+         "--output", lists / "train.jsonl", "--valid_output", lists / "valid.jsonl"],
         check=True, capture_output=True)  # fmt: skip
     return list(read_jsonl(lists / "train.jsonl"))
 
@@ -89,8 +89,8 @@ def test_a_plan_has_the_real_models_parameters_and_the_speed_that_was_measured(c
     write_json(tmp_path / "bench/training.json", speeds)
     write_json(tmp_path / "bench/stage0.json", {"x_realtime_per_core": 0.01, "machine": "this machine"})
     write_json(tmp_path / "bench/simulation.json", {"x_realtime_per_core": {"default_60s": 150, "default_5s": 120}})
-    told = make_plan(monkeypatch, capsys, "--config", corpus / "my.conf", "--exp_output", tmp_path,
-                     "--real_share", 0, "--wideband_replay", 0, "--online_channel", 1)  # fmt: skip
+    told = make_plan(monkeypatch, capsys, "--config", corpus / "my.conf", "--exp_output", tmp_path, "--real_share", 0,
+                     "--wideband_replay", 0, "--no_speech_share", 0, "--online_channel", 1)  # fmt: skip
     assert told["trained parameters"] == [
         "audio_encoder 221.14 M", "audio_adaptor 12.60 M, ctc_decoder 8.02 M, ctc 31.04 M", "LoRA 2.29 M",
     ]
@@ -119,7 +119,7 @@ def test_after_stage_0_the_plan_holds_what_training_will_read(corpus, monkeypatc
     subprocess.run(["bash", ROOT / "run_experiment.sh", "-1", "0", "--config", corpus / "my.conf", "--python",
                     sys.executable, "--max_reject_ratio", "0.5"], check=True, capture_output=True)  # fmt: skip
     monkeypatch.setenv("CONFIG", str(corpus / "my.conf"))
-    told = make_plan(monkeypatch, capsys, "--real_share", "0.3")
+    told = make_plan(monkeypatch, capsys, "--real_share", "0.3", "--no_speech_share", "0.1")
     data = corpus / "exp/data"
     for corpus_and_split in [name for name in told if name.endswith(("/train", "/dev", "/test"))]:
         rows = list(read_jsonl(data / f"{corpus_and_split}_formatted.jsonl"))
@@ -127,11 +127,11 @@ def test_after_stage_0_the_plan_holds_what_training_will_read(corpus, monkeypatc
     for stage in (1, 3):
         counts = [int(part.split()[0]) for part in told["rows an epoch"][stage - 1].split(" + ")]
         rows = epoch_written(corpus, stage)
-        assert sum(counts) == len(rows)
+        assert sum(counts) == len(rows) and told["rows an epoch"][stage - 1].endswith(" no_speech")
     audio_size = sum(path.stat().st_size for path in data.glob("*/audio*/**/*.flac"))
     assert f"wrote {audio_size / 1e9:.3f} GB" in told[""][0]
 
-    told = make_plan(monkeypatch, capsys, "--real_share", "0", "--wideband_replay", "0")
+    told = make_plan(monkeypatch, capsys, "--real_share", 0, "--wideband_replay", 0, "--no_speech_share", 0)
     layers = [ROOT / f"conf/{STAGES[0]}.yaml", corpus / f"{STAGES[0]}.yaml"]
     conf = effective(read_stage(layers), corpus / "base", 16000)["dataset_conf"]
     train = str(data / plan.SIMULATED / "train_formatted.jsonl")

@@ -164,6 +164,12 @@ def test_a_test_set_of_no_speech_keeps_its_empty_references(tmp_path, corpus):
     assert kept[0]["target"] == ""
 
 
+def test_a_row_without_speech_gets_the_text_that_the_released_model_writes_for_silence(tmp_path, corpus):
+    rows = converted(tmp_path, [corpus[0] | {"target": ""}], "--do_upsample")
+    assert rows[0]["messages"][2]["content"] == "/sil" and rows[0]["text_length"] == 4
+    main(["validate", "--input", str(tmp_path / "out/train_formatted.jsonl")])
+
+
 def test_what_leaks_from_dev_is_dropped_and_shared_text_is_not(tmp_path, corpus):
     filtered(tmp_path, corpus[:1], name="dev")
     soundfile.write(tmp_path / "same.wav", speech(2.0, 8000, 0), 8000)

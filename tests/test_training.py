@@ -4,6 +4,7 @@ import copy
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from common import UserError, read_jsonl, write_jsonl
 from make_train_list import mix, take
 from mini import ROOT, make_model, make_rows
 from nano.weights import average, trainable_names
+
+CORPORA = ("simulated_8k_telephone", "real_8k_telephone", "wideband_16k", "no_speech")
 
 
 def helper(name: str, *arguments) -> subprocess.CompletedProcess:
@@ -169,29 +172,29 @@ def test_a_mistyped_key_is_refused_with_the_nearest(model_dir, rows, tmp_path):
 
 
 def test_the_stage_list_can_be_written_from_stage_0_files(rows, tmp_path):
-    for name, count in (("simulated", 8), ("real", 4), ("wideband", 8)):
+    for name, count in (*((name, 8) for name in CORPORA), ("real_8k_telephone", 4)):
         for split in ("train", "dev"):
             part = [row | {"key": f"{name}-{row['key']}"} for row in rows[:count]]
             write_jsonl(tmp_path / name / f"{split}_formatted.jsonl", part)
-    sources = [part for name in ("simulated", "real", "wideband") for part in (f"--{name}", tmp_path / name)]
-    done = helper("make_train_list.py", "--stage", 3, *sources, "--output", tmp_path / "t.jsonl",
-                  "--simulated_share", 0.5, "--wideband_replay", 0, "--valid_output", tmp_path / "v.jsonl")  # fmt: skip
+    command = ("make_train_list.py", "--stage", 3, "--data_dir", tmp_path, "--simulated_share", 0.5)
+    done = helper(*command, "--output", tmp_path / "t.jsonl", "--wideband_replay", 0, "--no_speech_share", 0.25,
+                  "--valid_output", tmp_path / "v.jsonl")  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert len(list(read_jsonl(tmp_path / "t.jsonl"))) == 6
+    listed = Counter(row["key"].split("-")[0] for row in read_jsonl(tmp_path / "t.jsonl"))
+    assert listed == {"real_8k_telephone": 4, "simulated_8k_telephone": 2, "no_speech": 1}
     assert all(row["key"].startswith("real") for row in read_jsonl(tmp_path / "v.jsonl"))
-    shutil.rmtree(tmp_path / "real")
-    assert helper("make_train_list.py", "--stage", 3, *sources, "--output", tmp_path / "t2.jsonl",
-                  "--valid_output", tmp_path / "v2.jsonl").returncode == 2  # fmt: skip
+    shutil.rmtree(tmp_path / "real_8k_telephone")
+    assert helper(*command, "--output", tmp_path / "t2.jsonl", "--valid_output", tmp_path / "v2.jsonl").returncode == 2
     assert not (tmp_path / "t2.jsonl").exists()
 
 
 def test_corpora_that_use_the_same_keys_make_lists_without_a_key_twice(rows, tmp_path):
-    for name in ("simulated", "real", "wideband"):
+    for name in CORPORA:
         for split in ("train", "dev"):
             write_jsonl(tmp_path / name / f"{split}_formatted.jsonl", rows)
-    sources = [part for name in ("simulated", "real", "wideband") for part in (f"--{name}", tmp_path / name)]
     lists = tmp_path / "train.jsonl", tmp_path / "valid.jsonl"
-    done = helper("make_train_list.py", "--stage", 1, *sources, "--output", lists[0], "--valid_output", lists[1])
+    done = helper("make_train_list.py", "--stage", 1, "--data_dir", tmp_path, "--output", lists[0],
+                  "--valid_output", lists[1])  # fmt: skip
     assert done.returncode == 0, done.stderr
     for path in lists:
         keys = [row["key"] for row in read_jsonl(path)]

@@ -20,7 +20,7 @@ import torch
 import yaml
 from torch.nn.utils.rnn import pad_sequence
 
-from common import UserError
+from common import NO_SPEECH, UserError
 from nano import weights
 
 # What `auto` means on a CPU and on a GPU, which reads its weights once for all rows of a step (not measured). A CPU
@@ -142,7 +142,7 @@ class Recogniser:
                 inputs_embeds=embeddings.to(llm.dtype), attention_mask=(position >= 0).long(),
                 position_ids=position.clamp(min=0), max_new_tokens=max_length, pad_token_id=end, **llm_kwargs)
         texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
-        return [re.sub(r"\s+", " ", text.replace("/sil", " ")) for text in texts]
+        return [re.sub(r"\s+", " ", text.replace(NO_SPEECH, " ")) for text in texts]
 
 
 def batches(rows: Sequence[dict[str, Any]], size: int, seconds: float) -> Iterator[list[dict[str, Any]]]:

@@ -24,6 +24,7 @@ from funasr.models.fun_asr_nano import model as stock
 from funasr.register import tables
 from funasr.train_utils.device_funcs import force_gatherable
 
+from common import NO_SPEECH
 from nano.layers import compile_layers, fuse_attention, own_and_others
 
 IGNORE = -100
@@ -141,7 +142,7 @@ class FunASRNano(stock.FunASRNano):
         Each row's different symbols (batch, n), the blank first, filled up with -1; for all symbols of all rows in a
         row, their places among these; how many symbols each row has, and how many decoded frames.
         """
-        texts = [self.ctc_tokenizer.encode(row["assistant"][0]) for row in rows]
+        texts = [self.ctc_tokenizer.encode(row["assistant"][0].replace(NO_SPEECH, "")) for row in rows]
         symbols = (dict.fromkeys([self.blank_id, *text]) for text in texts)
         owned = [{symbol: place for place, symbol in enumerate(own)} for own in symbols]
         places = [own[symbol] for own, text in zip(owned, texts, strict=True) for symbol in text]

@@ -172,9 +172,9 @@ PROBES = ("idle", "ringback", "busy", "hum", "loss", "music")
 
 
 def render_probe(kind: str, plan: dict, fs: int = 8000) -> np.ndarray:
-    """3 to 15 s of a call without speech, the plan of its channel changed to fit."""
+    """1 to 15 s of a call without speech, short ones oftener, the plan of its channel changed to fit."""
     rng = np.random.default_rng([plan["draw"], 9])
-    count = int(fs * rng.uniform(3.0, 15.0))
+    count = int(fs * 15.0 ** rng.random())
     time = np.arange(count) / fs
     plan["probe"] = kind
     if kind == "hum":
