@@ -92,10 +92,10 @@ prepare_data() {
   filter raw train "$RAW_16K_TRAIN" --against "${raw[@]}" --against_audio "${real[@]}"
   filter real train "$REAL_8K_TRAIN" --against "${real[@]}" --against_audio "${raw[@]}"
   local simulate=("$PYTHON" local/data_simulation.py --config "$CHANNEL_CONF" --output_fs "$FRONTEND_FS"
-    --seed "$SEED" "${LIMITED[@]}")
+    --seed "$SEED" "${LIMITED[@]}" ${BG_NOISE_SCP:+--bg_noise_scp "$BG_NOISE_SCP"})
   for split in train dev test; do
     "${simulate[@]}" --input "$WORK/raw_$split.jsonl" --output "$WORK/simulated_$split.jsonl" --output_audio_dir \
-      "$SIM/audio" ${BG_NOISE_SCP:+--bg_noise_scp "$BG_NOISE_SCP"} ${on[$split$ONLINE_CHANNEL]:+--online}
+      "$SIM/audio" ${on[$split$ONLINE_CHANNEL]:+--online}
     convert "$WORK/simulated_$split.jsonl" "$SIM" "$split" audio "$WORK"/rejected_{raw,simulated}_"$split"*.jsonl
     convert "$WORK/real_$split.jsonl" "$REAL" "$split" audio_upsampled "$WORK"/rejected_real_"$split"*.jsonl
     convert "$WORK/raw_$split.jsonl" "$WIDE" "$split" audio "$WORK"/rejected_raw_"$split"*.jsonl

@@ -28,7 +28,7 @@ from corpus import count_rows, hash_share, read_rows, segment
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = 200  # recordings of a set whose length is read before stage 0
-SIMULATED, REAL, WIDEBAND, NO_SPEECH = "simulated_8k_telephone", "real_8k_telephone", "wideband_16k", "no_speech"
+SIMULATED, REAL, WIDEBAND, SILENCE = "simulated_8k_telephone", "real_8k_telephone", "wideband_16k", "no_speech"
 OPTION = {SIMULATED: "RAW_16K", REAL: "REAL_8K", WIDEBAND: "RAW_16K"}
 STAGES = ("stage1_encoder_adapt", "stage2_adapter_align", "stage3_lora_domain")
 # The shell's own reading of its options; only a stage 0 that is still to come needs the corpora.
@@ -87,8 +87,8 @@ def epoch(stage: int, sets: dict[tuple[str, str], Lengths], options: dict[str, s
     """The rows of an epoch by corpus, as many as make_train_list.py takes."""
     main, other, share = (REAL, SIMULATED, "SIMULATED_SHARE") if stage == 3 else (SIMULATED, REAL, "REAL_SHARE")
     shares = {main: "1", other: options[share], WIDEBAND: options["WIDEBAND_REPLAY"],
-              NO_SPEECH: options["NO_SPEECH_SHARE"]}  # fmt: skip
-    sets = sets | {(NO_SPEECH, "train"): [(517, 2)]}  # (15 - 1) / ln 15 seconds, and two tokens
+              SILENCE: options["NO_SPEECH_SHARE"]}  # fmt: skip
+    sets = sets | {(SILENCE, "train"): [(517, 2)]}  # (15 - 1) / ln 15 seconds, and two tokens
     count = len(sets[main, "train"])
     rows = {corpus: cycle(sets[corpus, "train"]) for corpus in shares}
     return {corpus: list(islice(rows[corpus], round(float(share) * count))) for corpus, share in shares.items()}

@@ -66,15 +66,18 @@ def convert(args: argparse.Namespace) -> None:
     if not marker.exists() or marker.read_text() != fingerprint:
         with atomic_write(marker) as file:
             file.write(fingerprint)
-    count = text_lengths(args.tokenizer)
+    count, silent = text_lengths(args.tokenizer), 0
     work = functools.partial(format_entry, folder=folder, since=marker.stat().st_mtime, args=args)
     with corpus.open_ledger(args.output, args.max_reject_ratio) as ledger:
         done = parallel(work, corpus.unique(corpus.read_rows(args.input)), args.num_workers, args.dask_scheduler)
         for batch in batches(progress(done, corpus.count_rows(args.input), "convert"), 1000):
             texts = [entry.row["messages"][-1]["content"] if entry.row else "" for entry in batch]
+            silent += texts.count(NO_SPEECH)
             for entry, tokens in zip(batch, count(texts), strict=True):
                 ledger.add(entry._replace(row=entry.row and entry.row | {"text_length": tokens}))
     marker.unlink()
+    if silent:
+        logging.info("%s: %d rows have no text: nobody speaks in them", args.output, silent)
 
 
 def format_entry(entry: Entry, folder: Path, since: float, args: argparse.Namespace) -> Entry:

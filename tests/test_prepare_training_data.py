@@ -164,9 +164,11 @@ def test_a_test_set_of_no_speech_keeps_its_empty_references(tmp_path, corpus):
     assert kept[0]["target"] == ""
 
 
-def test_a_row_without_speech_gets_the_text_that_the_released_model_writes_for_silence(tmp_path, corpus):
+def test_a_row_without_speech_gets_the_text_that_the_released_model_writes_for_silence(tmp_path, corpus, caplog):
+    caplog.set_level("INFO")
     rows = converted(tmp_path, [corpus[0] | {"target": ""}], "--do_upsample")
     assert rows[0]["messages"][2]["content"] == "/sil" and rows[0]["text_length"] == 4
+    assert "1 rows have no text" in caplog.text
     main(["validate", "--input", str(tmp_path / "out/train_formatted.jsonl")])
 
 
