@@ -404,7 +404,7 @@ def test_no_space_left_is_one_line_and_leaves_nothing_half_written(recipe, tmp_p
 
 
 def test_with_online_channel_no_simulated_training_audio_is_written(recipe):
-    for value, wanted in ((0, [False] * 4), (1, [True, False, False, False])):
+    for value, wanted in ((0, [False] * 5), (1, [True] + [False] * 4)):
         recipe.forget_calls()
         done = recipe("-1", "0", online_channel=value, exp_output=recipe.exp / str(value))
         assert done.returncode == 0, done.stderr
