@@ -21,7 +21,8 @@ from common import NO_SPEECH, write_json
 CONFIG = Path(__file__).resolve().parents[1] / "conf" / "demo" / "miniature.yaml"
 LLM_FOLDER = "Qwen3-0.6B"
 CTC_VOCABULARY = "multilingual.tiktoken"
-# The fixed parts of FunASR's prompt as single tokens, or they would cost more positions than the speech does.
+# The fixed parts of FunASR's prompt, and its mark of silence, as single tokens, or they would cost more positions than
+# the speech does.
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 PROMPT_TOKENS = [
     "system\n", "user\n", "assistant\n", "You are a helpful assistant.", "语音转写：", "语音转写，不进行文本规整：",

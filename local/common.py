@@ -23,8 +23,6 @@ from tqdm import tqdm
 # A full disk, no permission to write, a file where a folder should be, or the reverse; others are bugs.
 USERS_TO_MEND = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR,
                  errno.EISDIR, errno.ENAMETOOLONG}
-
-
 # The text of a row in which nobody speaks: what the released model writes for silence and noise, and FunASR takes out
 # of what was recognised (funasr/models/fun_asr_nano/model.py, 1.4.16). Rows without text it would not train on.
 NO_SPEECH = "/sil"

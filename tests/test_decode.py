@@ -219,7 +219,7 @@ def test_unchanged_transcripts_are_kept_and_changed_weights_decoded_again(model_
     assert [name for name in before if before[name] != after[name]] == ["own.real_test.jsonl"]
 
 
-def test_the_mark_of_silence_is_no_text_in_reference_and_hypothesis(test_set):
+def test_the_mark_of_silence_is_no_text_in_a_reference(test_set):
     row = copy.deepcopy(test_set[1][0])
     row["messages"][2]["content"] = "/sil"
     assert transcript(row, "", "base", "no_speech")["ref"] == ""

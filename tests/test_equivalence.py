@@ -26,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
 
     size = {"encoder_dim": 32, "encoder_blocks": 2, "encoder_ffn": 48, "adaptor_ffn": 32, "ctc_ffn": 32, "llm_dim": 32,
             "llm_heads": 2, "llm_kv_heads": 1, "llm_head_dim": 16, "llm_ffn": 48}  # fmt: skip
-    return build_folder(tmp_path_factory.mktemp("model"), "一二三四五六七八九零", size, seed=1)
+    return build_folder(tmp_path_factory.mktemp("model"), "一二三四五六七八九零", size, seed=2)
 
 
 def build(folder: Path, stage: int, **config) -> FunASRNano:
@@ -139,7 +139,7 @@ def test_utterances_in_a_row_give_the_loss_of_a_padded_batch(folder, monkeypatch
     assert seen[nano.layers.Fused] == [0, 5, 6, 9, 12, 14, 256]
     assert in_a_row == pytest.approx(loss, rel=1e-6)
     for name, gradient in gradients.items():
-        torch.testing.assert_close(their_gradients[name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(their_gradients[name], gradient, rtol=1e-4, atol=1e-7)
     model.encode(torch.randn(2, 3, 560), torch.tensor([3, 2]))  # shorter than a gap
     assert seen[nano.layers.FusedSANM] == [0, 3, 8, 10, 256]
 
