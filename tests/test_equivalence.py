@@ -68,6 +68,14 @@ def loss_and_gradients(model: torch.nn.Module, part: dict | None = None) -> tupl
     return stats["loss"].item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_same(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Up to rounding: seen to be 3e-6 of the largest gradient on any CPU. Some are nothing but that (bias of keys)."""
+    assert gradients and gradients.keys() == expected.keys()
+    largest = max(gradient.abs().max().item() for gradient in expected.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * largest)
+
+
 def upstream(model: FunASRNano) -> torch.nn.Module:
     """The same weights in upstream's class, with its forward and its attention."""
     theirs = copy.deepcopy(model)
@@ -89,9 +97,7 @@ def test_loss_and_gradients_of_all_speed_ups_together_are_upstreams(folder, stag
     loss, gradients = loss_and_gradients(ours)
     expected, expected_gradients = loss_and_gradients(upstream(ours))
     assert loss == pytest.approx(expected, rel=1e-5)
-    assert gradients and gradients.keys() == expected_gradients.keys()
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-6)
+    assert_same(gradients, expected_gradients)
 
 
 def test_bf16_noise_of_the_fused_path_is_that_of_upstreams(folder):
@@ -112,8 +118,7 @@ def test_fused_attention_leaves_the_ctc_loss_alone(folder):
     expected, expected_gradients = loss_and_gradients(plain)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert any(name.startswith("ctc_decoder.blocks") for name in gradients)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-6)
+    assert_same(gradients, expected_gradients)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -138,8 +143,7 @@ def test_utterances_in_a_row_give_the_loss_of_a_padded_batch(folder, monkeypatch
     assert seen[nano.layers.FusedSANM] == [0, 40, 45, 69, 90, 106, 256]
     assert seen[nano.layers.Fused] == [0, 5, 6, 9, 12, 14, 256]
     assert in_a_row == pytest.approx(loss, rel=1e-6)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(their_gradients[name], gradient, rtol=1e-4, atol=1e-7)
+    assert_same(their_gradients, gradients)
     model.encode(torch.randn(2, 3, 560), torch.tensor([3, 2]))  # shorter than a gap
     assert seen[nano.layers.FusedSANM] == [0, 3, 8, 10, 256]
 
@@ -168,8 +172,7 @@ def test_the_ctc_loss_of_an_utterances_own_symbols_is_that_of_all_symbols(folder
         results.append((loss.item(), {name: parameter.grad.clone() for name, parameter in trained}))
     (expected, expected_gradients), (loss, gradients) = results
     assert loss == pytest.approx(expected, rel=1e-6)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-4, atol=1e-6)
+    assert_same(gradients, expected_gradients)
 
 
 @pytest.mark.full
@@ -194,8 +197,7 @@ def test_compiled_layers_give_the_same_loss_and_gradients_for_batches_of_any_sha
     for part, (expected, expected_gradients) in zip(parts, plain, strict=True):
         loss, gradients = loss_and_gradients(model, part)
         assert loss == pytest.approx(expected, rel=1e-5)
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-3, atol=1e-6)
+        assert_same(gradients, expected_gradients)
     # The encoder's first layer, which has another width, its others, the LLM's, one for adaptor and CTC branch, and
     # what is computed of the CTC branch's output.
     assert counters["stats"]["unique_graphs"] == 4 + (stage < 3)
