@@ -78,6 +78,7 @@ def test_an_epoch_has_the_features_of_the_calls_stage_0_writes(parts, with_chann
 
 def test_the_epoch_reaches_worker_processes(parts, with_channel):
     data = dataset(parts)
+    torch.set_num_threads(1)  # as in a worker: on some CPUs a matrix product is rounded otherwise by several
     data.epoch = 7
     here = features(data)
     loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2)
