@@ -69,11 +69,10 @@ def loss_and_gradients(model: torch.nn.Module, part: dict | None = None) -> tupl
 
 
 def assert_same(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Up to rounding: seen to be 3e-6 of the largest gradient on any CPU. Some are nothing but that (bias of keys)."""
+    """Up to rounding, which is some 1e-7 and differs from CPU to CPU. Some are nothing but that (bias of keys)."""
     assert gradients and gradients.keys() == expected.keys()
-    largest = max(gradient.abs().max().item() for gradient in expected.values())
     for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * largest)
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def upstream(model: FunASRNano) -> torch.nn.Module:
