@@ -12,6 +12,7 @@ import itertools
 import json
 import logging
 import os
+import secrets
 import site
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -64,7 +65,8 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[TextIO]:
     """Open a temporary file beside `path` that takes its name only when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # No process number: machines that train together write the same lists, and in containers all have the same numbers.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file

@@ -6,9 +6,11 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -56,30 +58,44 @@ def prepare(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(experiment: Path, stages: str, **options) -> subprocess.Popen:
-    """run_experiment.sh in a process of its own; option names as on its command line."""
+def start(experiment: Path, stages: str, **options) -> tuple[subprocess.Popen, Path]:
+    """run_experiment.sh in a process of its own, and the file of what it says; option names as on its command line."""
     options = {
         "exp_output": experiment / "exp", "model": experiment / "model folder", "python": sys.executable,
         "stage_overlay_dir": experiment / "overlays", **options,
     }  # fmt: skip
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     clean = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LANG") if name in os.environ}
-    return subprocess.Popen(
-        ["bash", "run_experiment.sh", *stages.split(), *flags], cwd=ROOT, env=clean, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+    said = experiment / f"said_{time.time_ns()}.txt"
+    with open(said, "w") as file:
+        return subprocess.Popen(
+            ["bash", "run_experiment.sh", *stages.split(), *flags], cwd=ROOT, start_new_session=True,
+            env=clean | {"PYTHONFAULTHANDLER": "1"}, stdout=file, stderr=subprocess.STDOUT,
+        ), said  # fmt: skip
 
 
-def finish(*machines: subprocess.Popen) -> list[str]:
-    try:
-        said = [machine.communicate(timeout=900)[0] for machine in machines]
-    except subprocess.TimeoutExpired:
-        for machine in machines:
-            os.killpg(machine.pid, signal.SIGKILL)
-        raise
-    for machine, text in zip(machines, said, strict=True):
-        assert machine.returncode == 0, text[-4000:]
-    return said
+def finish(*machines: tuple[subprocess.Popen, Path], seconds: float = 600) -> list[str]:
+    """What each said; once one has failed or time is up, the others say where they are and are ended.
+
+    It is said to files: read one after the other, the pipe of the last is full one day and what writes to it waits,
+    and all machines with it.
+    """
+    until = time.monotonic() + seconds
+    while None in (codes := [process.poll() for process, _ in machines]):
+        if any(codes) or time.monotonic() > until:
+            break
+        time.sleep(0.5)
+    for (process, _), code in zip(machines, codes, strict=True):
+        if code is None:
+            for child in psutil.Process(process.pid).children(recursive=True):
+                if child.name().startswith("python"):
+                    child.send_signal(signal.SIGABRT)
+            time.sleep(2)
+            os.killpg(process.pid, signal.SIGKILL)
+    texts = [said.read_text() for _, said in machines]
+    ends = [f"exit code {code}:\n{text[-6000:]}" for code, text in zip(codes, texts, strict=True)]
+    assert not any(codes) and None not in codes, "\n\n".join(ends)
+    return texts
 
 
 def free_port() -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import UserError, read_jsonl, write_jsonl
+from common import UserError, atomic_write, read_jsonl, write_jsonl
 from make_train_list import mix, take
 from mini import ROOT, make_model, make_rows
 from nano.weights import average, trainable_names
@@ -199,3 +199,11 @@ def test_corpora_that_use_the_same_keys_make_lists_without_a_key_twice(rows, tmp
     for path in lists:
         keys = [row["key"] for row in read_jsonl(path)]
         assert len(set(keys)) == len(keys) > len(rows)
+
+
+def test_machines_with_the_same_process_number_may_write_the_same_list_at_once(tmp_path):
+    path = tmp_path / "trainlist.jsonl"
+    with atomic_write(path) as one, atomic_write(path) as other:
+        one.write("rows\n")
+        other.write("rows\n")
+    assert path.read_text() == "rows\n" and list(tmp_path.iterdir()) == [path]
