@@ -3,8 +3,9 @@
     python bench/ablation.py --demo exp_output/demo --table docs/ablation.md [--only no_ctc fs_8000]
 
 Every variant takes the demo's corpus, base model and (but for fs_8000) the data of its stage 0, and lies beside it in
-<demo>_<variant>. The table has the CER of the test sets, and the error of the CTC branch on wideband test, decoded
-greedily. Needs a finished `make demo`; a finished variant is not run again. `--demo` takes several, a seed each.
+<demo>_<variant>. The table has the CER of the test sets, what the final model writes where nobody speaks, and the error
+of the CTC branch on wideband test, decoded greedily. Needs a finished `make demo`; a finished variant is not run again.
+`--demo` takes several, a seed each.
 """
 
 from __future__ import annotations
@@ -130,13 +131,15 @@ def line(title: str, folder: Path, final: str = "final") -> str:
     for _, model, test_set, rate in COLUMNS:
         row = scores[final if model == "final" else model, test_set]
         cells.append("{:.1f} ({:.1f}-{:.1f})".format(*(100 * row[rate + end] for end in ("", "_low", "_high"))))
+    cells.append(f"{scores[final, 'no_speech']['chars_per_minute']:.0f}")
     cells.append(" → ".join(f"{100 * errors[model]:.1f}" for model in ("base", "stage1", "stage2")))
     return f"| {title} | {' | '.join(cells)} |"
 
 
 def table(demo: Path, folders: dict[str, Path], seed: int) -> str:
     """Markdown of one seed: the demo as it is and each variant, each with what interpolation (alpha below 1) brings."""
-    head = ["variant", *(title for title, *_ in COLUMNS), "CTC on wideband, base → stage 1 → stage 2"]
+    head = ["variant", *(title for title, *_ in COLUMNS), "characters a minute where nobody speaks, final",
+            "CTC on wideband, base → stage 1 → stage 2"]  # fmt: skip
     lines = [f"## Seed {seed}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, folder in {"": demo, **folders}.items():
         title = VARIANTS[name][0] if name else "as it is"
