@@ -139,12 +139,11 @@ stage_2() { train_stage 2 "the same data, stage 1 -> adaptor and CTC" REAL_SHARE
 stage_3() { train_stage 3 "real calls, stage 2 -> LoRA on the LLM" SIMULATED_SHARE; }
 
 train_stage() {  # NUMBER TITLE SHARE
-  needs_model
+  needs_model; needs 0 "${TRAIN_DATA[@]}"
   N=$1 TITLE=$2 DIR=$EXP/${NAMES[$1]} LOG=$EXP/${NAMES[$1]}/train.log PARENT=$EXP/${NAMES[$1 - 1]}/averaged.pt
   if ((N == 1)); then PARENT=$MODEL_DIR/model.pt; fi
   if [[ -n $INIT_CHECKPOINT ]] && ((N == STAGE)); then PARENT=$INIT_CHECKPOINT; fi
   ((NODE_RANK == 0)) || LOG=$EXP_OUTPUT/logs/stage$1.machine$NODE_RANK.log
-  needs 0 "${TRAIN_DATA[@]}"
   needs $((N > 1 ? N - 1 : -1)) "$PARENT"
   CONFS=(--stage_conf "conf/${NAMES[$1]}.yaml")
   [[ -f $STAGE_OVERLAY_DIR/${NAMES[$1]}.yaml ]] && CONFS+=(--overlay "$STAGE_OVERLAY_DIR/${NAMES[$1]}.yaml")
@@ -167,6 +166,7 @@ train() {
   local facts=("${CONFS[@]}" --model_dir "$MODEL_DIR" --init_checkpoint "$PARENT" --train_list "$DIR/trainlist.jsonl"
     --valid_list "$DIR/valid.jsonl" --output_dir "$DIR" --frontend_fs "$FRONTEND_FS")
   "$PYTHON" local/check_training.py before "${facts[@]}"
+  ((NNODES == 1)) || echo "machine $NODE_RANK waits for all $NNODES at $MASTER_ADDR:$MASTER_PORT, 15 minutes at most"
   "${launch[@]}" local/train.py "${facts[@]}" --seed "$SEED"
   "$PYTHON" local/check_training.py after "${facts[@]}"
 }

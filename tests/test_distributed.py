@@ -157,7 +157,8 @@ def test_two_machines_train_together_and_one_of_them_keeps_the_books(tmp_path):
     experiment = prepare(tmp_path)
     both = {"nnodes": 2, "ngpu": 1, "master_addr": "127.0.0.1", "master_port": free_port()}
     machines = [start(experiment, "1 2", node_rank=rank, **both) for rank in (0, 1)]
-    finish(*machines)
+    for rank, said in enumerate(finish(*machines)):
+        assert f"machine {rank} waits for all 2 at 127.0.0.1:{both['master_port']}" in said
     for stage in list(STAGES)[:2]:
         log = check_stage(experiment / "exp/exp/8k_telephone" / stage, STAGES[stage])
         assert "train, rank: 0" in log
