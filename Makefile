@@ -1,6 +1,10 @@
 # Short names for what the recipe does. Options are variables: `make stage1 REAL_SHARE=0.2`, `make demo SEED=1`;
 # CONFIG=my.conf is a file of them.
 # `make help` lists the targets; `bash run_experiment.sh` without arguments lists the options.
+ifdef CONFIG
+EXP_OUTPUT ?= $(shell bash -c 'source local/parse_options.sh; parse_options 0 --config "$$1"; echo "$$EXP_OUTPUT"' make \
+  '$(CONFIG)' || echo exp_output)
+endif
 EXP_OUTPUT ?= exp_output
 SEED ?= 0
 FORCE ?= false

@@ -142,13 +142,13 @@ train_stage() {  # NUMBER TITLE SHARE
   needs_model; needs 0 "${TRAIN_DATA[@]}"
   N=$1 TITLE=$2 DIR=$EXP/${NAMES[$1]} LOG=$EXP/${NAMES[$1]}/train.log PARENT=$EXP/${NAMES[$1 - 1]}/averaged.pt
   if ((N == 1)); then PARENT=$MODEL_DIR/model.pt; fi
-  if [[ -n $INIT_CHECKPOINT ]] && ((N == STAGE)); then PARENT=$INIT_CHECKPOINT; fi
+  if [[ -n $INIT_CHECKPOINT ]] && ((N == (STAGE > 1 ? STAGE : 1))); then PARENT=$INIT_CHECKPOINT; fi
   ((NODE_RANK == 0)) || LOG=$EXP_OUTPUT/logs/stage$1.machine$NODE_RANK.log
   needs $((N > 1 ? N - 1 : -1)) "$PARENT"
   CONFS=(--stage_conf "conf/${NAMES[$1]}.yaml")
   [[ -f $STAGE_OVERLAY_DIR/${NAMES[$1]}.yaml ]] && CONFS+=(--overlay "$STAGE_OVERLAY_DIR/${NAMES[$1]}.yaml")
   READS=("${CONFS[1]}" "${CONFS[3]:-}" "$PARENT" "$MODEL_DIR/config.yaml" "${TRAIN_DATA[@]}")
-  SETTINGS=(FRONTEND_FS SEED WIDEBAND_REPLAY NO_SPEECH_SHARE "$3")
+  SETTINGS=(FRONTEND_FS SEED MAX_SPEECH_LENGTH WIDEBAND_REPLAY NO_SPEECH_SHARE "$3")
   WRITES=("$DIR"/{averaged.pt,run.json,trainlist.jsonl}) FOLDERS=("$DIR") ON_CHANGE=$(refuse_if "$DIR"/model.pt*)
   run_stage "$N" train
 }
@@ -157,7 +157,7 @@ train() {
   validate
   "$PYTHON" local/make_train_list.py --stage "$N" --data_dir "$DATA" --real_share "$REAL_SHARE" --seed "$SEED" \
     --wideband_replay "$WIDEBAND_REPLAY" --simulated_share "$SIMULATED_SHARE" --no_speech_share "$NO_SPEECH_SHARE" \
-    --output "$DIR/trainlist.jsonl" --valid_output "$DIR/valid.jsonl"
+    --output "$DIR/trainlist.jsonl" --valid_output "$DIR/valid.jsonl" --max_speech_length "$MAX_SPEECH_LENGTH"
   local gpus=${NGPU:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')} launch=("$PYTHON")
   if ((gpus > 1 || NNODES > 1)); then
     launch+=(-m torch.distributed.run --nproc_per_node "$((gpus > 0 ? gpus : 1))" --nnodes "$NNODES"

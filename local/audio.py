@@ -101,7 +101,8 @@ def length(
         header = soundfile.info(path)
     except (soundfile.LibsndfileError, TypeError):  # TypeError: .raw without a rate
         header = None
-    if header is None or not 0 < header.frames < UNKNOWN_LENGTH:
+    guessed = header is not None and header.format == "MP3" and not _mp3_says_length(path)
+    if header is None or guessed or not 0 < header.frames < UNKNOWN_LENGTH:
         samples, rate = read(path, channel, start, end)
         return Length(len(samples), rate, False)
     _check_channel(channel, header.channels, path)
@@ -152,7 +153,7 @@ def _decode_soundfile(path: str, start: float, end: float | None) -> tuple[np.nd
         return None
     with file:
         rate, frames = file.samplerate, file.frames
-        if frames >= UNKNOWN_LENGTH:
+        if frames >= UNKNOWN_LENGTH or (file.format == "MP3" and not _mp3_says_length(path)):
             return None
         first, last = _bounds(frames, rate, start, end, path)
         # No other decoder is asked now: it would return what is left of a damaged file as if it were whole.
@@ -169,13 +170,38 @@ def _decode_soundfile(path: str, start: float, end: float | None) -> tuple[np.nd
         return samples, rate
 
 
-def _missing_bytes(path: str) -> int:
-    """Bytes that a WAV file promises and does not have; a stream's placeholder for "unknown" promises nothing."""
+def _mp3_says_length(path: str) -> bool:
+    """Whether an MP3 has the frame that counts the others; without, libsndfile and FFmpeg guess by the file's size."""
     with open(path, "rb") as file:
-        head = file.read(8)
-    promised = int.from_bytes(head[4:8], "little") + 8
+        tag = file.read(10)
+        # The size of an ID3v2 tag has seven bits a byte.
+        size = sum(byte << shift for byte, shift in zip(tag[6:], (21, 14, 7, 0), strict=False))
+        file.seek(10 + size if tag[:3] == b"ID3" else 0)
+        head = file.read(256)
+    return any(mark in head for mark in (b"Xing", b"Info", b"VBRI"))
+
+
+def _missing_bytes(path: str) -> int:
+    """Bytes that the header of WAV, W64, AIFF, AU or SPHERE promises and the file does not have.
+
+    A stream's placeholder for "unknown" promises nothing, and neither does what is over 2 GB.
+    """
+    with open(path, "rb") as file:
+        head = file.read(1024)
+    promised = 0
+    if head[:4] == b"RIFF":
+        promised = int.from_bytes(head[4:8], "little") + 8
+    elif head[:4] == b"riff":  # W64
+        promised = int.from_bytes(head[16:24], "little")
+    elif head[:4] == b"FORM":  # AIFF
+        promised = int.from_bytes(head[4:8], "big") + 8
+    elif head[:4] == b".snd":  # AU
+        promised = int.from_bytes(head[4:8], "big") + int.from_bytes(head[8:12], "big")
+    elif head[:7] == b"NIST_1A":
+        facts = dict(re.findall(rb"^(sample_count|channel_count|sample_n_bytes) -i (\d+)", head, re.MULTILINE))
+        promised = 1024 + math.prod(map(int, facts.values()))
     short = promised - os.path.getsize(path)
-    return short if head[:4] == b"RIFF" and promised < 0x7FFF0000 and short > 4096 else 0
+    return short if promised < 0x7FFF0000 and short > 4096 else 0
 
 
 def _decode_other(path: str, start: float, end: float | None) -> tuple[np.ndarray, int]:
@@ -207,6 +233,8 @@ def _decode_pyav(path: str) -> tuple[np.ndarray, int]:
             raise ValueError("no audio stream")
         stream = container.streams.audio[0]
         rate, promised = stream.rate, float((stream.duration or 0) * (stream.time_base or 0))
+        if container.format.name == "aac" or (container.format.name == "mp3" and not _mp3_says_length(path)):
+            promised = 0.0
         blocks = []
         resampler = av.AudioResampler(format="fltp")
         for frame in container.decode(audio=0):

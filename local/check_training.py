@@ -42,6 +42,7 @@ def check_before(args: argparse.Namespace) -> None:
     if not any(importlib.util.find_spec(name) for name in ("kaldi_native_fbank", "torchaudio")):
         raise UserError("no fbank library: every utterance would fail to load; pip install kaldi-native-fbank")
     config = effective(stage, args.model_dir, args.frontend_fs)
+    check_names(config, args.stage_conf)
     check_ctc(config, args.stage_conf)
     model = build_on_meta(config)
     check_checkpoint(model, args.init_checkpoint, config)
@@ -49,6 +50,18 @@ def check_before(args: argparse.Namespace) -> None:
     lists = (args.train_list, args.valid_list)
     longest = max(check_rows(path, config["dataset_conf"], args.frontend_fs) for path in lists)
     check_room(model, config, args.output_dir, longest)
+
+
+def check_names(config: dict[str, Any], path: Path) -> None:
+    """Optimizer, scheduler and SpecAugment are FunASR's."""
+    from funasr.optimizers import optim_classes
+    from funasr.register import tables
+    from funasr.schedulers import scheduler_classes
+
+    known = {"optim": optim_classes, "scheduler": scheduler_classes, "specaug": tables.specaug_classes}
+    for key, names in known.items():
+        if config.get(key) is not None and config[key] not in names:
+            raise UserError(f"{path}: {key} {config[key]}: FunASR has {', '.join(sorted(names))}", code=2)
 
 
 def check_ctc(config: dict[str, Any], path: Path) -> None:
@@ -132,7 +145,8 @@ def check_rows(path: Path, dataset: dict[str, Any], fs: int) -> int:
         longest = max(longest, speech)
         if not said or not 1 <= text <= text_most or not least <= speech <= most:
             raise UserError(f"{path}: {key} has {speech} frames and {text} tokens; upstream would skip it ({least} to "
-                            f"{most} frames, 1 to {text_most} tokens are used); run stage 0")  # fmt: skip
+                            f"{most} frames, 1 to {text_most} tokens are used); run stage 0 with MAX_SPEECH_LENGTH up "
+                            f"to {most}, or raise dataset_conf.max_source_length")  # fmt: skip
         if speech + text > both_most:
             raise UserError(f"{path}: {key} has {speech + text} frames and tokens, the sampler would skip it; raise "
                             f"dataset_conf.max_token_length above {both_most}")  # fmt: skip
@@ -217,7 +231,7 @@ def check_rows_used(described: dict[str, Any], rows: int) -> dict[str, int]:
     for epoch, count in used.items():
         if count["rows"] != rows or count["missed"]:
             raise UserError(f"epoch {epoch} used {count['rows'] - count['missed']} of the list's {rows} rows")
-        if count["repeated"] and described.get("processes", 1) == 1:
+        if count["repeated"] and count["processes"] == 1:
             raise UserError(f"epoch {epoch} used rows more than once: {count['repeated']} repeats")
     return {"repeated_rows": sum(count["repeated"] for count in used.values())}
 

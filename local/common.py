@@ -77,6 +77,14 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[TextIO]:
         temporary.unlink(missing_ok=True)
 
 
+def read_lines(path: str | os.PathLike) -> list[str]:
+    """Lines of a text file of the user's, in UTF-8 with or without a byte order mark; UserError, code 2, otherwise."""
+    try:
+        return Path(path).read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8; iconv -f GB18030 -t UTF-8 makes it so", code=2) from error
+
+
 def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
     """Yield the rows of a JSONL file written by this recipe, one at a time.
 

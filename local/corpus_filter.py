@@ -35,7 +35,7 @@ HALF_AFTER_CJK = re.compile(f"(?<=[{CJK}])\\s*([,!?;:])(?![0-9A-Za-z])")
 TO_WIDE = str.maketrans(",!?;:", "，！？；：")
 SPACE_IN_CJK = re.compile(f"(?<=[{WIDE}])\\s+(?=[{WIDE}])")
 CASES = {"keep": str, "lower": str.lower, "upper": str.upper}
-LIMITS = {  # name under train_only -> reason code, what is compared, its unit
+LIMITS = {  # name under train_only, or of the option -> reason code, what is compared, its unit
     "min_speech_length": ("too_short", "frames", "frames of 10 ms"),
     "max_speech_length": ("too_long", "frames", "frames of 10 ms"),
     "min_chars_per_second": ("chars_per_second", "rate", "characters a second"),
@@ -51,9 +51,10 @@ class TextRules:
     def __init__(self, config: dict[str, Any]):
         policy, train_only = config.get("text") or {}, config.get("train_only") or {}
         unknown = config.keys() - {"text", "rules", "train_only"} | policy.keys() - {"case", "punctuation"}
-        unknown |= train_only.keys() - LIMITS.keys()
+        unknown |= train_only.keys() - (LIMITS.keys() - {"max_speech_length"})
         if unknown:
-            raise ValueError(f"nobody reads {', '.join(sorted(map(str, unknown)))}; correct the name")
+            names = ", ".join(sorted(map(str, unknown)))
+            raise ValueError(f"nobody reads {names} here; correct the name (--max_speech_length is an option)")
         self.case, self.punctuation = policy.get("case", "keep"), policy.get("punctuation", "keep")
         if self.case not in CASES or self.punctuation not in ("keep", "remove"):
             raise ValueError("text: case is keep, lower or upper; punctuation is keep or remove")
@@ -83,7 +84,7 @@ class TextRules:
         text = clean(text)
         if self.punctuation == "remove":
             text = re.sub(r"(?<=\w)['’](?=\w)", "\0", text)  # don't is one word
-            text = re.sub(r"[^\w\s\0]|_", " ", text).replace("\0", "'")
+            text = re.sub(r"(?!(?<=\d)\.(?=\d))[^\w\s\0%]|_", " ", text).replace("\0", "'")  # 3.5% is one word, too
             text = SPACE_IN_CJK.sub("", " ".join(text.split()))
         return CASES[self.case](text)
 
@@ -141,7 +142,7 @@ def train_limits(args: argparse.Namespace, rules: TextRules, total: int) -> dict
     if args.split != "train":
         logging.info("%s is never cut by the train-only rules on length, rate of speech, level", args.split)
         return {}
-    longest = args.max_speech_length
+    longest = float(args.max_speech_length)
     if args.max_speech_percentile is not None:
         frames = array("I")
         for entry in progress(read_rows(args.input), total, "lengths"):
@@ -153,7 +154,7 @@ def train_limits(args: argparse.Namespace, rules: TextRules, total: int) -> dict
             raise UserError(f"{args.input}: no row has audio that can be read, so there is no --max_speech_percentile")
         longest = float(np.percentile(frames, args.max_speech_percentile))
         logging.info("max_speech_length is %.0f frames, from %d rows", longest, len(frames))
-    return rules.limits if longest is None else rules.limits | {"max_speech_length": longest}
+    return {"max_speech_length": longest} | rules.limits
 
 
 def inspect(

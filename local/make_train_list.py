@@ -20,6 +20,8 @@ from typing import Any
 
 from common import UserError, read_jsonl, run, write_jsonl
 
+SHORTEST = 10  # frames: FunASR's min_source_length
+
 
 def order(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     """Rows in an order that depends on (seed, key) alone."""
@@ -56,7 +58,6 @@ def mix(main: list[dict], shares: list[tuple[str, list[dict], float]], seed: int
         logging.info("%s %s: %d of %d rows%s", name, share, count, len(source), " (repeated)" * (count > len(source)))
     return order(number_repeats(rows), seed)
 
-
 def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True, help="Stage the list is for.")
@@ -65,6 +66,7 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--wideband_replay", type=float, default=0.1, help="Wideband rows per row of the main source.")
     parser.add_argument("--no_speech_share", type=float, default=0.02, help="Calls without speech per such row.")
     parser.add_argument("--simulated_share", type=float, default=0.3, help="Stage 3: simulated rows per real row.")
+    parser.add_argument("--max_speech_length", type=int, default=12000, help="Longest dev row, frames of 10 ms.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the choice and the order.")
     parser.add_argument("--output", type=Path, required=True, help="Train list to write.")
     parser.add_argument("--valid_output", type=Path, required=True, help="Dev list to write.")
@@ -89,6 +91,12 @@ def main() -> None:
     else:
         rows = mix(simulated, [("real_share", real, args.real_share), *shares], args.seed)
         dev = read("simulated_8k_telephone", "dev") + dev
+    # Stage 0 never cuts dev, and FunASR would leave such rows out without a word; they are scored all the same.
+    fit = [row for row in dev if SHORTEST <= row["speech_length"] <= args.max_speech_length]
+    if len(fit) < len(dev):
+        logging.warning("dev: %d of %d rows are not of %d to %d frames: no checkpoint is chosen by them",
+                        len(dev) - len(fit), len(dev), SHORTEST, args.max_speech_length)  # fmt: skip
+    dev = fit
     if not dev:
         raise UserError("the dev list is empty: no checkpoint could be chosen; see rejected_dev.jsonl of stage 0")
     logging.info("stage %d: %d rows to train on, %d for dev", args.stage, write_jsonl(args.output, rows), len(dev))

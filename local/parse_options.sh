@@ -58,6 +58,9 @@ check_config() {  # every line is a comment or sets a known option
     [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
     [[ $line =~ ^([A-Z][A-Z0-9_]*)= ]] || fail "$1: '$line' is not NAME=value"
     is_option "${BASH_REMATCH[1]}" || fail "$1: unknown option ${BASH_REMATCH[1]}; --help lists them"
+    [[ $line != *$'\r' ]] || fail "$1 has the line ends of Windows; sed -i 's/\r$//' $1"
+    [[ $line =~ ^[A-Z0-9_]+=([^[:space:]\"\']|\"[^\"]*\"|\'[^\']*\')*[[:space:]]*(#.*)?$ ]] ||
+      fail "$1: '$line': a value with spaces needs quotes"
   done <"$1"
 }
 
@@ -69,8 +72,9 @@ check_options() {  # all that can be checked before anything is done
   ((STOP_STAGE >= STAGE)) || fail "stop stage $STOP_STAGE is before stage $STAGE"
   for name in EXP_OUTPUT MODEL ALPHAS; do [[ -n ${!name} ]] || fail "--${name,,} is empty"; done
   for name in SEED NNODES NODE_RANK MASTER_PORT MAX_SPEECH_LENGTH ${NGPU:+NGPU} ${NUM_WORKERS:+NUM_WORKERS}; do
-    [[ ${!name} =~ ^[0-9]+$ ]] || fail "--${name,,} '${!name}' is not a whole number"
+    [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || fail "--${name,,} '${!name}' is not a whole number"
   done
+  ((NODE_RANK < NNODES)) || fail "--node_rank $NODE_RANK: with --nnodes $NNODES it is 0 to $((NNODES - 1))"
   for name in REAL_SHARE WIDEBAND_REPLAY NO_SPEECH_SHARE SIMULATED_SHARE MAX_REJECT_RATIO MAX_WIDEBAND_LOSS; do
     [[ ${!name} =~ ^[0-9]*\.?[0-9]+$ ]] || fail "--${name,,} '${!name}' is not a number of at least 0"
   done
@@ -84,6 +88,8 @@ check_options() {  # all that can be checked before anything is done
   command -v "$PYTHON" >/dev/null || fail "--python $PYTHON is not there; \`make setup\` makes .venv/bin/python"
   [[ -z $STAGE_OVERLAY_DIR || -d $STAGE_OVERLAY_DIR ]] || fail "--stage_overlay_dir $STAGE_OVERLAY_DIR is not a folder"
   needs_path INIT_CHECKPOINT CHANNEL_CONF FILTER_CONF KEYWORDS BG_NOISE_SCP
+  [[ -z $KEYWORDS ]] || iconv -f UTF-8 "$KEYWORDS" >/dev/null 2>&1 ||
+    fail "--keywords $KEYWORDS is not UTF-8; iconv -f GB18030 -t UTF-8 makes it so"
   if ((STAGE <= 0 && STOP_STAGE >= 0)); then
     for name in RAW_16K_TRAIN RAW_16K_DEV REAL_8K_TRAIN REAL_8K_DEV; do
       [[ -n ${!name} ]] || fail "stage 0 needs --${name,,}: a JSONL or a Kaldi folder"

@@ -178,10 +178,11 @@ def sections(options: dict[str, str], given: list[str]) -> Iterator[str]:
         yield f"Stage 4 decodes {total:.2f} hours: {time_of(bench, 'decoding', model, total, 0)}.\n"
     else:
         yield "\nParameters, batches, memory, disk and time: run stage -1 first, which gets the model.\n"
-    words = shlex.join(given)
+    set_outside = [word for name in options if name in os.environ for word in (f"--{name.lower()}", os.environ[name])]
+    words = shlex.join([*set_outside, *given])
     yield f"## Commands\n\n```bash\nbash run_experiment.sh -1 {words}\nbash test_data_prep.sh {words}"
     yield from (f"bash run_experiment.sh {stage} {words}" for stage in range(6))
-    yield "make status\n```"
+    yield f"make status EXP_OUTPUT={shlex.quote(options['EXP_OUTPUT'])}\n```"
 
 
 def main() -> None:

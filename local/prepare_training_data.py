@@ -163,7 +163,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_reject_ratio", type=between(0, 1), default=0.5, help="Exit 1 when a larger share is rejected.")
     add("--filter_annotation_error", type=str.lower, choices=("true", "false"), default="true",
         help="Whether the rules on text drop rows.")
-    add("--max_speech_length", type=int, help="Frames of 10 ms; overrides --conf.")
+    add("--max_speech_length", type=int, default=12000, help="Longest, frames of 10 ms. Default: %(default)s, 120 s.")
     add("--max_speech_percentile", type=between(0, 100), help="Fit --max_speech_length to this percentile of --input.")
     add("--against", nargs="*", default=[], help="Other sets, filtered: what shares audio, call or speaker is dropped.")
     add("--against_audio", nargs="*", default=[], help="Sets of other corpora, whose calls and speakers are others.")

@@ -201,7 +201,7 @@ def gallery(simulated: dict[str, dict], wideband: dict[str, dict], missing: list
 def condition_groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """CER of base and final on calls, by condition, in the order of a condition's values; speakers worst first."""
     def order(value: str) -> tuple:
-        number = re.search(r"[\d.]+", value)
+        number = re.search(r"\d+(\.\d+)?", value)
         return not value.startswith("under"), float(number[0]) if number else 1e9, value
 
     groups = []

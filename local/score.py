@@ -183,12 +183,12 @@ def print_table(summary: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     args = get_args()
-    keywords = metrics.read_keywords(args.keywords)
     try:
         conf = yaml.safe_load(Path(args.conf).read_text("utf-8"))
         chinese_numerals, resamples = bool(conf["chinese_numerals"]), int(conf["bootstrap_resamples"])
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"--conf {args.conf}: {error!r}; want chinese_numerals, bootstrap_resamples", code=2) from error
+    keywords = metrics.read_keywords(args.keywords, chinese_numerals)
     scored = [Scored(rows, keywords, chinese_numerals) for rows in read_transcripts(args.transcripts)]
     # Models in the order of the training, the test set without speech last.
     scored.sort(key=lambda one: (

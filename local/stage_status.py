@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import statistics
 import sys
 import time
@@ -125,7 +126,8 @@ def check(root: str, stage: int, now: dict, force: bool = False, refuse: bool = 
 
 def start(root: str, stage: int, now: dict, pid: int) -> None:
     """Write down that a stage began, with what it reads."""
-    marker = {"state": "started", "time": time.strftime(CLOCK), "began": time.time(), "pid": pid, **now}
+    marker = {"state": "started", "time": time.strftime(CLOCK), "began": time.time(), "pid": pid,
+              "host": socket.gethostname(), **now}
     write_json(marker_path(root, stage), marker)
 
 
@@ -184,10 +186,15 @@ def show(root: str) -> str:
     trainings, rates = [], error_rates(root)
     for stage, what in STAGES.items():
         marker = read_marker(root, stage) or {"state": "not run", "time": "", "pid": 0}
-        running = marker["state"] == "started" and bool(marker["pid"]) and psutil.pid_exists(marker["pid"])
-        state = "running" if running else marker["state"].replace("started", "stopped; run it again")
+        started, host = marker["state"] == "started", marker.get("host", socket.gethostname())
+        elsewhere = started and host != socket.gethostname()  # where its process number says nothing
+        running = elsewhere or (started and bool(marker["pid"]) and psutil.pid_exists(marker["pid"]))
+        stopped = marker["state"].replace("started", "stopped; run it again")
+        state = f"started on {host}" if elsewhere else "running" if running else stopped
         models = ("base", "final") if stage == 4 else (f"stage{stage}",)
-        details = [f"{model}: {rates[model]}" for model in models if model in rates]
+        # A stage that was begun again after its model was scored has no rates yet.
+        scored = marker.get("began", 0) <= (read_marker(root, 4) or {}).get("began", 0)
+        details = [f"{model}: {rates[model]}" for model in models if scored and model in rates]
         details = details or [f"{name} {count:,}" for name, count in marker.get("counts", {}).items()]
         # A folder that was moved aside ends in digits, its time.
         for log in Path(root).glob(f"exp/8k_telephone/stage{stage}_*[a-z]/train.log"):

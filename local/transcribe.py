@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import audio
-from common import UserError, atomic_write, file_hash, progress, run, write_json
+from common import UserError, atomic_write, file_hash, progress, read_lines, run, write_json
 from nano.inference import Recogniser, Utterance, batches, read_conf
 from telephone.resample import resample
 
@@ -58,11 +58,13 @@ def find_recordings(path: Path) -> dict[str, Path]:
         files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in SUFFIXES)
         recordings = {str(file.relative_to(path)): file for file in files}
     elif path.suffix == ".scp" and path.is_file():
-        lines = [line.split(maxsplit=1) for line in path.read_text("utf-8-sig").splitlines() if line.strip()]
+        lines = [line.split(maxsplit=1) for line in read_lines(path) if line.strip()]
         if wrong := [line for line in lines if len(line) < 2 or line[1].rstrip().endswith("|")]:
             # A pipe is a shell command from a stranger: it is never run.
             raise UserError(f"{path}: {' '.join(wrong[0])}: want a key and a path, not a command", code=2)
         recordings = {key: Path(source.strip()) for key, source in lines}
+        if len(recordings) < len(lines):
+            raise UserError(f"{path}: a key twice; keys name the transcripts", code=2)
     elif path.is_file():
         recordings = {path.name: path}
     else:
@@ -74,7 +76,7 @@ def find_recordings(path: Path) -> dict[str, Path]:
 
 def read_hotwords(given: str) -> list[str]:
     is_file = os.path.isfile(given)
-    lines = Path(given).read_text("utf-8").splitlines() if is_file else given.replace("，", ",").split(",")
+    lines = read_lines(given) if is_file else given.replace("，", ",").split(",")
     words = [line.split("#")[0].split("|")[0].strip() for line in lines]
     return [word for word in words if word]
 

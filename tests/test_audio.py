@@ -21,9 +21,9 @@ def tone(seconds, rate, hz=440.0, gain=0.3):
     return (gain * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
 
 
-def encode(path, samples, rate, codec, layout="mono"):
-    """Write with PyAV, as a recorder would."""
-    with av.open(str(path), "w") as container:
+def encode(path, samples, rate, codec, layout="mono", **options):
+    """Write with PyAV, as a recorder would; options of the container."""
+    with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=rate, layout=layout)
         pcm = np.round(samples * 32767).astype(np.int16)[None]
         frame = av.AudioFrame.from_ndarray(pcm, format="s16", layout=layout)
@@ -122,6 +122,18 @@ def test_a_streamed_flac_says_nothing_of_its_length_and_is_read_whole(tmp_path):
     assert audio.length(tmp_path / "a.flac").samples == 16000
 
 
+@pytest.mark.parametrize(("name", "codec", "options"), [
+    ("a.mp3", "libmp3lame", {"write_xing": "0"}), ("a.mp3", "libmp3lame", {"write_xing": "0", "id3v2_version": "0"}),
+    ("a.aac", "aac", {}),
+])  # fmt: skip
+def test_a_stream_without_a_length_is_read_whole_whatever_its_size_suggests(tmp_path, name, codec, options):
+    samples = np.concatenate([np.zeros(10 * 44100, np.float32), RNG.normal(0, 0.1, 10 * 44100).astype(np.float32)])
+    encode(tmp_path / name, samples, 44100, codec, **options)
+    for frames in (len(audio.read(tmp_path / name)[0]), audio.length(tmp_path / name).samples):
+        assert abs(frames - len(samples)) < 4410
+    assert len(audio.read(tmp_path / name, start=18.0, end=19.0)[0]) == 44100
+
+
 # --- damage
 
 
@@ -134,6 +146,18 @@ def test_a_file_cut_off_is_refused_not_shortened(tmp_path, name, share):
     with pytest.raises(audio.AudioError) as caught:
         audio.read(path)
     assert caught.value.reason in ("audio_unreadable", "audio_empty")
+
+
+@pytest.mark.parametrize(("kind", "subtype"), [
+    ("NIST", "ULAW"), ("NIST", "PCM_16"), ("AU", "ULAW"), ("AIFF", "PCM_16"), ("W64", "PCM_16"), ("WAV", "ALAW"),
+])  # fmt: skip
+def test_a_header_that_promises_more_than_there_is_is_not_believed(tmp_path, kind, subtype):
+    path = tmp_path / "a.audio"
+    soundfile.write(path, RNG.normal(0, 0.1, (160000, 2)), 8000, format=kind, subtype=subtype)
+    assert len(audio.read(path)[0]) == 160000
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(audio.AudioError, match="cut off"):
+        audio.read(path)
 
 
 def test_what_is_no_audio_has_a_reason(tmp_path):

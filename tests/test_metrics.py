@@ -54,6 +54,15 @@ def test_normalisation_keeps_what_is_heard(raw, normalised):
 def test_numerals_can_be_compared_in_chinese():
     written, spoken = (metrics.normalise(text, chinese_numerals=True) for text in ("一共12元", "一共十二元"))
     assert written == spoken
+    written, spoken = (metrics.normalise(text, chinese_numerals=True) for text in ("1,000元", "一千元"))
+    assert written == spoken
+
+
+def test_a_keyword_with_a_number_is_found_however_numbers_are_compared(tmp_path):
+    (tmp_path / "k.txt").write_text("12期\n", "utf-8-sig")
+    for chinese in (False, True):
+        keywords = metrics.read_keywords(tmp_path / "k.txt", chinese)
+        assert metrics.keyword_counts([metrics.normalise("分12期还", chinese)], keywords).tolist() == [[1]]
 
 
 TEXT = st.text(alphabet="甲乙丙丁ab c", max_size=12)
@@ -123,6 +132,18 @@ def test_p_value_tells_a_better_model_from_an_equal_one():
     assert metrics.paired_p_value(clusters, better, base, lengths) < 0.01
     assert metrics.paired_p_value(clusters, equal, base, lengths) > 0.05
     assert metrics.paired_p_value(clusters, base, base, lengths) == 1.0
+
+
+@pytest.mark.parametrize("calls", [2, 3, 5, 12])
+def test_equal_models_seldom_differ_however_few_the_calls(calls):
+    """Two models of the same rate, which differ from call to call: below 0.05 in one of twenty cases or fewer."""
+    rng, runs, found = np.random.default_rng(calls), 400, 0
+    for run in range(runs):
+        lengths = rng.integers(20, 60, calls)
+        first, second = (rng.binomial(lengths, rng.beta(2, 8, calls)) for _ in "ab")
+        clusters = [f"call{i}" for i in range(calls)]
+        found += metrics.paired_p_value(clusters, first, second, lengths, resamples=300, seed=run) < 0.05
+    assert found / runs <= 0.08
 
 
 def test_a_loop_is_told_from_a_repetitive_reference():

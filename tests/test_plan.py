@@ -71,6 +71,20 @@ def test_before_stage_0_a_plan_is_made_from_the_corpora_alone(corpus, monkeypatc
     assert f"\nbash run_experiment.sh 3 --config {corpus}/my.conf\n" in told[""][0]
 
 
+def test_the_commands_of_a_plan_are_those_of_its_environment(corpus, monkeypatch, capsys):
+    monkeypatch.setenv("REAL_SHARE", "0.2")
+    told = make_plan(monkeypatch, capsys, "--config", corpus / "my.conf", "--seed", 3)[""][0]
+    assert f"\nbash run_experiment.sh 3 --real_share 0.2 --config {corpus}/my.conf --seed 3\n" in told
+    assert f"\nmake status EXP_OUTPUT={corpus}/exp\n" in told
+
+
+def test_make_takes_the_folder_of_the_results_from_the_config(tmp_path):
+    (tmp_path / "my.conf").write_text('EXP_OUTPUT="/some where/exp"\n')
+    command = ["make", "-n", "status", f"CONFIG={tmp_path}/my.conf"]
+    assert '--output_root "/some where/exp"' in subprocess.check_output(command, cwd=ROOT, text=True)
+    assert '--output_root "/other"' in subprocess.check_output([*command, "EXP_OUTPUT=/other"], cwd=ROOT, text=True)
+
+
 def test_online_the_simulated_training_audio_is_not_written(corpus, monkeypatch, capsys):
     written = [
         float(make_plan(monkeypatch, capsys, "--config", corpus / "my.conf", "--online_channel", online)[""][0]

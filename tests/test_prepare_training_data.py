@@ -96,6 +96,7 @@ def test_case_and_punctuation_follow_the_policy(tmp_path):
     (tmp_path / "spoken.yaml").write_text(yaml.safe_dump(config, allow_unicode=True))
     rules = TextRules.load(tmp_path / "spoken.yaml")
     assert rules.normalise("好的， 你说。Don't STOP_ it, OK?") == "好的你说 don't stop it ok"
+    assert rules.normalise("利率3.5%，您好。V 1.2.") == "利率3.5% 您好 v 1.2", "what scoring compares"
     assert rules.reason("您好<Annotation_Error>"), "the policy does not hide a mark from the rules"
 
 
@@ -110,7 +111,10 @@ def test_a_rule_that_breaks_its_examples_stops_the_run(tmp_path, corpus):
 
 
 @pytest.mark.parametrize(
-    "change", [{"text": {"cas": "lower"}}, {"train_only": {"max_length": 3}}, {"rulez": []}, {"rules": [{}]}]
+    "change", [
+        {"text": {"cas": "lower"}}, {"train_only": {"max_length": 3}}, {"train_only": {"max_speech_length": 3}},
+        {"rulez": []}, {"rules": [{}]},
+    ],
 )
 def test_a_setting_nobody_reads_is_refused(tmp_path, change):
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(yaml.safe_load(CONF.read_text()) | change))

@@ -46,7 +46,8 @@ def make_experiment(folder, utterances=60):
             rows.append({
                 "key": f"utt{number}", "ref": TEXTS[number % 6] if test_set != "no_speech" else "",
                 "seconds": seconds, "condition": channel if test_set == "simulated_test" else None,
-                "speaker": f"s{number % 20}", "call": None, "test_set": test_set, "audio": str(path),
+                "speaker": f"s{number % 20}", "call": None, "corpus": ("hkust.v1.2", "own")[number % 2],
+                "test_set": test_set, "audio": str(path),
             })
         audio_rows[test_set] = rows
         write_jsonl(folder / "data" / name / "test_formatted.jsonl",

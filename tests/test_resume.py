@@ -189,6 +189,17 @@ def test_three_kills_leave_the_weights_and_the_loss_of_an_uninterrupted_training
 
 
 @pytest.mark.full
+def test_an_epoch_begun_on_two_processes_is_not_ended_by_one(corpus, tmp_path):
+    training = Training(corpus, tmp_path / "two", train_conf={"max_epoch": 2, "save_checkpoint_interval": 2})
+    assert training.run(["batch", 0, 4]) == [[KILLED, 0]]
+    saved = torch.load(training.output / "model.pt")
+    torch.save(saved | {"processes": 2}, training.output / "model.pt")
+    with pytest.raises(AssertionError, match="go on with as many GPUs as before"):
+        training.run(None)
+    assert len(training.runs()[-1]) == 0
+
+
+@pytest.mark.full
 def test_early_stopping_counts_on_after_a_kill_and_a_finished_training_trains_no_more(corpus, tmp_path):
     # At a rate of 0 the first epoch is the best, and patience ends with the third.
     conf = {"max_epoch": 9, "keep_nbest_models": 2, "avg_nbest_model": 2, "early_stopping_patience": 2}

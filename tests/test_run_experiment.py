@@ -169,13 +169,23 @@ def test_what_is_not_understood_is_refused_in_one_line(repository, tmp_path, arg
 
 @pytest.mark.parametrize(
     ("line", "message"),
-    [("REAL_SHRE=0.2", "unknown option REAL_SHRE"), ("real share 0.2", "is not NAME=value")],
-)
+    [
+        ("REAL_SHRE=0.2", "unknown option REAL_SHRE"), ("real share 0.2", "is not NAME=value"),
+        ("RAW_16K_TRAIN=/my corpus/train", "needs quotes"), ("TEXT_STYLE=spoken\r", "line ends of Windows"),
+    ],
+)  # fmt: skip
 def test_a_config_file_with_a_mistake_is_refused(repository, tmp_path, line, message):
     (tmp_path / "my.conf").write_text(f"# fine\n{line}\n")
     done = driver(repository, "1", "--config", tmp_path / "my.conf")
     assert done.returncode == 2
     assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_keywords_in_another_encoding_are_refused_before_anything_is_done(recipe, tmp_path):
+    (tmp_path / "words.txt").write_text("逾期\n", "gb18030")
+    done = recipe(-1, 5, keywords=tmp_path / "words.txt")
+    assert done.returncode == 2 and "is not UTF-8" in done.stderr and done.stderr.count("\n") == 1
+    assert recipe.calls() == []
 
 
 def test_missing_and_empty_data_paths_are_refused_before_anything_is_done(recipe, tmp_path):
@@ -272,6 +282,22 @@ def test_a_checkpoint_of_the_users_replaces_the_first_parent_only(recipe, tmp_pa
     trained = [options_of(call)["--init_checkpoint"] for call in recipe.calls() if call[0] == "train.py"]
     assert trained[0] == str(tmp_path / "mine.pt")
     assert trained[1].endswith("stage1_encoder_adapt/averaged.pt")
+
+
+@pytest.mark.parametrize("first", [-1, 0])
+def test_a_checkpoint_of_the_users_is_not_forgotten_when_the_run_begins_before_training(recipe, tmp_path, first):
+    assert recipe(-1).returncode == 0
+    (tmp_path / "mine.pt").write_text("x")
+    assert recipe(first, 1, init_checkpoint=tmp_path / "mine.pt").returncode == 0
+    trained = [options_of(call)["--init_checkpoint"] for call in recipe.calls() if call[0] == "train.py"]
+    assert trained == [str(tmp_path / "mine.pt")]
+
+
+@pytest.mark.parametrize(("nodes", "rank"), [(1, 1), (2, 2), (0, 0)])
+def test_a_machine_that_is_none_of_them_trains_nothing(recipe, nodes, rank):
+    done = recipe(1, nnodes=nodes, node_rank=rank)
+    assert done.returncode == 2 and f"--node_rank {rank}" in done.stderr and done.stderr.count("\n") == 1
+    assert recipe.calls() == []
 
 
 def test_several_gpus_are_started_by_torchrun(recipe):

@@ -200,6 +200,13 @@ def test_status_shows_the_state_of_every_stage(experiment):
     assert not trainings
 
 
+def test_status_on_another_machine_does_not_call_a_training_stopped(experiment):
+    stage_status.start(str(experiment), 2, facts(experiment), pid=os.getpid())
+    path = experiment / "status/stage2.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"host": "node7", "pid": 2**22 + 1}))
+    assert tables(experiment)[0]["2"][2] == "started on node7"
+
+
 def test_status_shows_how_a_training_goes(training, experiment):
     _states, trainings = tables(experiment)
     # 8 epochs of 80 steps and half of this one, at half a second each

@@ -183,6 +183,11 @@ def test_the_stage_list_can_be_written_from_stage_0_files(rows, tmp_path):
     listed = Counter(row["key"].split("-")[0] for row in read_jsonl(tmp_path / "t.jsonl"))
     assert listed == {"real_8k_telephone": 4, "simulated_8k_telephone": 2, "no_speech": 1}
     assert all(row["key"].startswith("real") for row in read_jsonl(tmp_path / "v.jsonl"))
+    longest = max(row["speech_length"] for row in rows[:4])
+    done = helper(*command, "--output", tmp_path / "t.jsonl", "--valid_output", tmp_path / "v.jsonl",
+                  "--max_speech_length", longest - 1)  # fmt: skip
+    assert done.returncode == 0 and "of 4 rows are not of 10 to" in done.stderr
+    assert all(row["speech_length"] < longest for row in read_jsonl(tmp_path / "v.jsonl"))
     shutil.rmtree(tmp_path / "real_8k_telephone")
     assert helper(*command, "--output", tmp_path / "t2.jsonl", "--valid_output", tmp_path / "v2.jsonl").returncode == 2
     assert not (tmp_path / "t2.jsonl").exists()

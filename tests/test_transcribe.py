@@ -179,6 +179,20 @@ def test_recordings_are_found_in_folders_and_lists(tmp_path):
     (tmp_path / "wav.scp").write_text("call-1 sox x.wav -t wav - |\n", "utf-8")
     with pytest.raises(UserError, match="not a command"):
         transcribe.find_recordings(tmp_path / "wav.scp")
+    (tmp_path / "wav.scp").write_text("call-1 a.wav\ncall-1 b.wav\n", "utf-8")
+    with pytest.raises(UserError, match="a key twice"):
+        transcribe.find_recordings(tmp_path / "wav.scp")
+
+
+def test_lists_in_another_encoding_are_refused(tmp_path):
+    path = tmp_path / "list.scp"
+    path.write_text("逾期 a.wav\n", "gb18030")
+    for read in (lambda: transcribe.read_hotwords(str(path)), lambda: transcribe.find_recordings(path)):
+        with pytest.raises(UserError, match="is not UTF-8") as caught:
+            read()
+        assert caught.value.code == 2
+    path.write_text("逾期\n", "utf-8-sig")
+    assert transcribe.read_hotwords(str(path)) == ["逾期"]
 
 
 def test_the_vad_leaves_the_recognisers_threads_alone():

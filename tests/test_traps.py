@@ -201,10 +201,10 @@ def empty_batch(lab: Lab) -> str:
 
 
 def repeated(lab: Lab) -> str:
-    count = {"rows_used": {"1": {"rows": 12, "missed": 0, "repeated": 3}}, "processes": 1}
+    count = {"rows": 12, "missed": 0, "repeated": 3}
     with pytest.raises(UserError) as error:
-        check_rows_used(count, 12)
-    several = check_rows_used(count | {"processes": 2}, 12)
+        check_rows_used({"rows_used": {"1": count | {"processes": 1}}}, 12)
+    several = check_rows_used({"rows_used": {"1": count | {"processes": 2}}}, 12)
     return f"{error.value} (on several processes run.json says it: repeated_rows {several['repeated_rows']})"
 
 

@@ -42,15 +42,25 @@ SECTIONS = {
     "dataset_conf": "batch_type batch_size batch_size_sample_max sort_size shuffle max_token_length "
     "min_source_length max_source_length max_target_length num_workers cache_gib",
 }
+NO_NUMBERS = {
+    "specaug", "optim", "scheduler", "train_conf.deepspeed_config", "train_conf.avg_keep_nbest_models_type",
+    "dataset_conf.batch_type", "optim_conf.betas", "llm_conf.lora_conf.target_modules",
+    "specaug_conf.freq_mask_width_range", "specaug_conf.time_mask_width_range",
+}  # fmt: skip
 ACCEPTED = {f"{part}.{key}".lstrip(".") for part, keys in SECTIONS.items() for key in keys.split()}
 
 
-def flat_keys(config: dict[str, Any], prefix: str = "") -> set[str]:
-    """Dotted names of a nested configuration's leaves: {"a": {"b": 1}} -> {"a.b"}."""
-    keys = set()
+def flat_items(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Leaves of a nested configuration by their dotted names: {"a": {"b": 1}} -> {"a.b": 1}."""
+    items = {}
     for name, value in config.items():
-        keys |= flat_keys(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}"}
-    return keys
+        items |= flat_items(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return items
+
+
+def flat_keys(config: dict[str, Any]) -> set[str]:
+    """Dotted names of a nested configuration's leaves: {"a": {"b": 1}} -> {"a.b"}."""
+    return set(flat_items(config))
 
 
 def read_stage(paths: list[Path]) -> dict[str, Any]:
@@ -71,6 +81,11 @@ def read_stage(paths: list[Path]) -> dict[str, Any]:
         for key in sorted(flat_keys(layer) - ACCEPTED):
             near = difflib.get_close_matches(key, sorted(ACCEPTED), 1, 0)
             raise UserError(f"{path}: nothing reads the key {key}; the nearest that is read is {near[0]}", code=2)
+        for key, value in flat_items(layer).items():
+            if key not in NO_NUMBERS and not isinstance(value, (bool, int, float, type(None))):
+                raise UserError(f"{path}: {key} is {value!r}, not a number, true or false", code=2)
+            if key in ("train_conf.keep_nbest_models", "train_conf.avg_nbest_model") and not value:
+                raise UserError(f"{path}: {key} is {value!r}; at least 1 checkpoint is kept and averaged", code=2)
         layers.append(layer)
     return OmegaConf.to_container(OmegaConf.merge(*layers))
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from funasr.train_utils import trainer_ds as stock
 
-from common import write_json
+from common import UserError, write_json
 from nano import weights
 from nano.batch_size import fit
 
@@ -91,6 +91,10 @@ class Trainer(stock.Trainer):
         path = path / BESIDE if path.is_dir() else path
         if self.resume and path.is_file():
             saved = torch.load(path, map_location="cpu", mmap=True)
+            if self.start_step and saved["processes"] != self.world_size:
+                # Steps are skipped, and a step is as many rows as there are processes.
+                raise UserError(f"{path} is of {saved['processes']} processes in the middle of an epoch, here are "
+                                f"{self.world_size}; go on with as many GPUs as before")  # fmt: skip
             for field in OURS:
                 setattr(self, field, saved[field])
             # Those of all processes, counted once.
@@ -117,6 +121,7 @@ class Trainer(stock.Trainer):
         uses = self._uses_of_all_processes()
         self.rows_used[str(epoch + 1)] = {
             "rows": len(uses), "missed": int((uses == 0).sum()), "repeated": int((uses - 1).clamp(min=0).sum()),
+            "processes": self.world_size,
         }
         self._describe_rows()
 
@@ -178,7 +183,7 @@ class Trainer(stock.Trainer):
         row_uses = self._uses_of_all_processes()
         inside = step_in_epoch if step is not None else None
         name = f"model.pt.ep{epoch}" if inside is None else f"model.pt.ep{epoch}.{inside}"
-        ours = {"row_uses": row_uses, **{field: getattr(self, field) for field in OURS}}
+        ours = {"row_uses": row_uses, "processes": self.world_size, **{field: getattr(self, field) for field in OURS}}
         if self.use_deepspeed:
             super().save_checkpoint(epoch, step, model, optim, scheduler, scaler, step_in_epoch, **kwargs)
             if self.rank == 0:
