@@ -186,8 +186,11 @@ def main() -> None:
     try:
         conf = yaml.safe_load(Path(args.conf).read_text("utf-8"))
         chinese_numerals, resamples = bool(conf["chinese_numerals"]), int(conf["bootstrap_resamples"])
+        if resamples < 1:
+            raise ValueError(f"bootstrap_resamples {resamples}")
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"--conf {args.conf}: {error!r}; want chinese_numerals, bootstrap_resamples", code=2) from error
+        wanted = "chinese_numerals, and bootstrap_resamples of at least 1"
+        raise UserError(f"--conf {args.conf}: {error!r}; want {wanted}", code=2) from error
     keywords = metrics.read_keywords(args.keywords, chinese_numerals)
     scored = [Scored(rows, keywords, chinese_numerals) for rows in read_transcripts(args.transcripts)]
     # Models in the order of the training, the test set without speech last.
