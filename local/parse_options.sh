@@ -88,7 +88,7 @@ check_options() {  # all that can be checked before anything is done
   command -v "$PYTHON" >/dev/null || fail "--python $PYTHON is not there; \`make setup\` makes .venv/bin/python"
   [[ -z $STAGE_OVERLAY_DIR || -d $STAGE_OVERLAY_DIR ]] || fail "--stage_overlay_dir $STAGE_OVERLAY_DIR is not a folder"
   needs_path INIT_CHECKPOINT CHANNEL_CONF FILTER_CONF KEYWORDS BG_NOISE_SCP
-  [[ -z $KEYWORDS ]] || iconv -f UTF-8 "$KEYWORDS" >/dev/null 2>&1 ||
+  [[ -z $KEYWORDS ]] || iconv -f UTF-8 -t UTF-8 "$KEYWORDS" >/dev/null 2>&1 ||
     fail "--keywords $KEYWORDS is not UTF-8; iconv -f GB18030 -t UTF-8 makes it so"
   if ((STAGE <= 0 && STOP_STAGE >= 0)); then
     for name in RAW_16K_TRAIN RAW_16K_DEV REAL_8K_TRAIN REAL_8K_DEV; do

@@ -188,6 +188,11 @@ def test_keywords_in_another_encoding_are_refused_before_anything_is_done(recipe
     assert recipe.calls() == []
 
 
+def test_a_machine_without_a_locale_reads_the_same_keywords(recipe):
+    done = recipe(-1, environment={"LC_ALL": "C"})
+    assert done.returncode == 0, done.stderr
+
+
 def test_missing_and_empty_data_paths_are_refused_before_anything_is_done(recipe, tmp_path):
     for content, message in ((None, "does not exist"), ("", "is empty")):
         if content is not None:
