@@ -101,8 +101,7 @@ def length(
         header = soundfile.info(path)
     except (soundfile.LibsndfileError, TypeError):  # TypeError: .raw without a rate
         header = None
-    guessed = header is not None and header.format == "MP3" and not _mp3_says_length(path)
-    if header is None or guessed or not 0 < header.frames < UNKNOWN_LENGTH:
+    if header is None or header.frames <= 0 or _is_length_unknown(header, path):
         samples, rate = read(path, channel, start, end)
         return Length(len(samples), rate, False)
     _check_channel(channel, header.channels, path)
@@ -153,7 +152,7 @@ def _decode_soundfile(path: str, start: float, end: float | None) -> tuple[np.nd
         return None
     with file:
         rate, frames = file.samplerate, file.frames
-        if frames >= UNKNOWN_LENGTH or (file.format == "MP3" and not _mp3_says_length(path)):
+        if _is_length_unknown(file, path):
             return None
         first, last = _bounds(frames, rate, start, end, path)
         # No other decoder is asked now: it would return what is left of a damaged file as if it were whole.
@@ -168,6 +167,11 @@ def _decode_soundfile(path: str, start: float, end: float | None) -> tuple[np.nd
         if len(samples) < last - first or (missing and last == frames):
             raise AudioError("audio_unreadable", f"{path}: cut off ({len(samples)} samples, {missing} bytes missing)")
         return samples, rate
+
+
+def _is_length_unknown(header: soundfile.SoundFile | soundfile._SoundFileInfo, path: str) -> bool:
+    """Whether libsndfile's number of frames is a placeholder or a guess."""
+    return header.frames >= UNKNOWN_LENGTH or (header.format == "MP3" and not _mp3_says_length(path))
 
 
 def _mp3_says_length(path: str) -> bool:

@@ -178,8 +178,7 @@ def sections(options: dict[str, str], given: list[str]) -> Iterator[str]:
         yield f"Stage 4 decodes {total:.2f} hours: {time_of(bench, 'decoding', model, total, 0)}.\n"
     else:
         yield "\nParameters, batches, memory, disk and time: run stage -1 first, which gets the model.\n"
-    set_outside = [word for name in options if name in os.environ for word in (f"--{name.lower()}", os.environ[name])]
-    words = shlex.join([*set_outside, *given])
+    words = shlex.join(given)
     yield f"## Commands\n\n```bash\nbash run_experiment.sh -1 {words}\nbash test_data_prep.sh {words}"
     yield from (f"bash run_experiment.sh {stage} {words}" for stage in range(6))
     yield f"make status EXP_OUTPUT={shlex.quote(options['EXP_OUTPUT'])}\n```"
@@ -194,8 +193,9 @@ def main() -> None:
     if done.returncode:
         raise UserError(done.stderr.removeprefix("error: "), done.returncode)
     options = dict(line.split("=", 1) for line in done.stdout.split("\0")[:-1])
-    if os.environ.get("CONFIG") and "--config" not in given:
-        given += ["--config", os.environ["CONFIG"]]
+    # What the environment sets is there now; who copies the commands elsewhere needs it said. A later word wins.
+    outside = [name for name in ("CONFIG", *options) if name in os.environ]
+    given = [word for name in outside for word in (f"--{name.lower()}", os.environ[name])] + given
     path = Path(options["EXP_OUTPUT"], "EXPERIMENT_EXECUTION_PLAN.md")
     text = "\n".join(line.rstrip(" ") for line in sections(options, given)) + "\n"
     with atomic_write(path) as file:

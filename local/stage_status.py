@@ -183,7 +183,7 @@ def show(root: str) -> str:
         f"# Status of the experiment in {root}", "", f"Written {time.strftime(CLOCK)} by `make status`.", "",
         "| stage | what | state | when | took | rows, or CER on test |", "|---|---|---|---|---|---|",
     ]
-    trainings, rates = [], error_rates(root)
+    trainings, rates, scored = [], error_rates(root), (read_marker(root, 4) or {}).get("began", 0)
     for stage, what in STAGES.items():
         marker = read_marker(root, stage) or {"state": "not run", "time": "", "pid": 0}
         started, host = marker["state"] == "started", marker.get("host", socket.gethostname())
@@ -193,8 +193,8 @@ def show(root: str) -> str:
         state = f"started on {host}" if elsewhere else "running" if running else stopped
         models = ("base", "final") if stage == 4 else (f"stage{stage}",)
         # A stage that was begun again after its model was scored has no rates yet.
-        scored = marker.get("began", 0) <= (read_marker(root, 4) or {}).get("began", 0)
-        details = [f"{model}: {rates[model]}" for model in models if scored and model in rates]
+        models = models if marker.get("began", 0) <= scored else ()
+        details = [f"{model}: {rates[model]}" for model in models if model in rates]
         details = details or [f"{name} {count:,}" for name, count in marker.get("counts", {}).items()]
         # A folder that was moved aside ends in digits, its time.
         for log in Path(root).glob(f"exp/8k_telephone/stage{stage}_*[a-z]/train.log"):
