@@ -179,12 +179,14 @@ stage_4() {
   TITLE="base, stages 1-3, dev and test sets -> final model, transcripts, $EVAL/summary.json"
   READS=("$MODEL_DIR/model.pt" "${STEPS[@]}" "${TEST_DATA[@]}" conf/decode.yaml "$KEYWORDS")
   SETTINGS=(ALPHAS MAX_WIDEBAND_LOSS FRONTEND_FS) LOG=$EXP_OUTPUT/logs/stage4.log
-  WRITES=("$EVAL/checkpoints/final.pt" "$EVAL/summary.json" "$EVAL/interpolation.json") FOLDERS=("$EVAL")
+  WRITES=("$EVAL/checkpoints/final.pt" "$EVAL/summary.json" "$EVAL/interpolation.json") FOLDERS=()
+  if [[ $FORCE == true ]]; then FOLDERS=("$EVAL"); fi  # else transcripts that other keywords or alphas leave are kept
   run_stage 4 evaluate
 }
 
 evaluate() {
   local points=$EVAL/checkpoints base="$MODEL_DIR/model.pt" alpha models=()
+  rm -rf "$points" "$EVAL"/*.json  # of earlier options
   local mix=("$PYTHON" local/final_model.py mix --base "$base" --adapted "${STEPS[2]}")
   for alpha in $ALPHAS; do
     "${mix[@]}" --alpha "$alpha" --output "$points/alpha_$alpha.pt"
@@ -192,12 +194,11 @@ evaluate() {
   done
   decode dev "$EVAL/dev" "base=$base" "${models[@]}"
   score "$EVAL/dev" "$EVAL/dev_summary.json" --choose "$EVAL/interpolation.json" \
-    --max_wideband_loss "$MAX_WIDEBAND_LOSS"
+    --max_wideband_loss "$MAX_WIDEBAND_LOSS" --models base "${models[@]%%=*}"
   alpha=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["alpha"])' "$EVAL/interpolation.json")
   "${mix[@]}" --alpha "$alpha" --output "$points/final.pt"
-  models=("base=$base")
-  for N in 1 2 3; do models+=("stage$N=${STEPS[N - 1]}"); done
-  decode test "$EVAL/transcripts" "${models[@]}" "final=$points/final.pt"
+  models=("stage1=${STEPS[0]}" "stage2=${STEPS[1]}" "stage3=${STEPS[2]}" "final=$points/final.pt")
+  decode test "$EVAL/transcripts" "base=$base" "${models[@]}"
   score "$EVAL/transcripts" "$EVAL/summary.json" | tee "$EVAL/scores.txt"
 }
 
@@ -232,8 +233,7 @@ main() {
   COMMAND="bash run_experiment.sh ${*@Q}"
   cd "$(dirname "${BASH_SOURCE[0]}")"
   if (($# == 0)) || [[ " $* " == *" --help "* ]]; then usage; exit 0; fi
-  parse_options "$@"
-  check_options
+  parse_options "$@"; check_options
   DATA=$EXP_OUTPUT/data WORK=$EXP_OUTPUT/data/work EXP=$EXP_OUTPUT/exp/8k_telephone EVAL=$EXP_OUTPUT/eval
   SIM=$DATA/simulated_8k_telephone REAL=$DATA/real_8k_telephone WIDE=$DATA/wideband_16k SILENCE=$DATA/no_speech
   TRAIN_DATA=({"$SIM","$REAL","$WIDE"}/{train,dev}_formatted.jsonl "$SILENCE/train_formatted.jsonl")

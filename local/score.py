@@ -28,6 +28,7 @@ def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--transcripts", required=True, help="Folder of <model>.<test_set>.jsonl as decode.py writes.")
     parser.add_argument("--output", required=True, help="summary.json to write; details.json goes beside it.")
+    parser.add_argument("--models", nargs="+", help="Score these models alone. Default: all that the folder has.")
     parser.add_argument("--keywords", default="conf/keywords.txt", help="Keyword list. Default: %(default)s.")
     parser.add_argument("--conf", default="conf/decode.yaml", help="Settings. Default: %(default)s.")
     parser.add_argument("--choose", help="File for the choice among models named alpha_*, by the scores of dev sets.")
@@ -126,8 +127,8 @@ def _f_score(wanted: np.ndarray, found: np.ndarray, heard: np.ndarray) -> dict[s
     }
 
 
-def read_transcripts(folder: str) -> Iterator[list[dict[str, Any]]]:
-    """The rows of every transcript in a folder, file by file."""
+def read_transcripts(folder: str, models: list[str] | None = None) -> Iterator[list[dict[str, Any]]]:
+    """The rows of every transcript in a folder, or of those by `models`, file by file."""
     paths = sorted(Path(folder).glob("*.jsonl"))
     if not paths:
         raise UserError(f"{folder} has no transcripts (*.jsonl); decode first")
@@ -135,7 +136,8 @@ def read_transcripts(folder: str) -> Iterator[list[dict[str, Any]]]:
         rows = list(read_jsonl(path))
         if not rows:
             raise UserError(f"{path} is empty; decode again")
-        yield rows
+        if models is None or rows[0]["model"] in models:
+            yield rows
 
 
 def pooled_cer(rows: list[dict[str, Any]], model: str, *test_sets: str) -> float | None:
@@ -192,7 +194,7 @@ def main() -> None:
         wanted = "chinese_numerals, and bootstrap_resamples of at least 1"
         raise UserError(f"--conf {args.conf}: {error!r}; want {wanted}", code=2) from error
     keywords = metrics.read_keywords(args.keywords, chinese_numerals)
-    scored = [Scored(rows, keywords, chinese_numerals) for rows in read_transcripts(args.transcripts)]
+    scored = [Scored(rows, keywords, chinese_numerals) for rows in read_transcripts(args.transcripts, args.models)]
     # Models in the order of the training, the test set without speech last.
     scored.sort(key=lambda one: (
         one.test_set == "no_speech", one.test_set, one.model != "base", one.model == "final", one.model

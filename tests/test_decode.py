@@ -294,9 +294,14 @@ def test_the_mix_is_chosen_on_dev_and_without_p_values(tmp_path):
     ):
         rows = transcript_rows(model, test_set, [hypothesis] * 3, ["逾期了吗"] * 3)
         write_jsonl(tmp_path / "t" / f"{model}.{test_set}.jsonl", rows)
-    for loss, alpha in (("0.1", 0.5), ("0.25", 1.0)):
-        done = helper(sys.executable, "local/score.py", "--transcripts", tmp_path / "t", "--output",
-                      tmp_path / "dev_summary.json", "--choose", tmp_path / "choice.json", "--max_wideband_loss", loss)
+    for loss, alpha, models in (
+        ("0.25", 0.5, ["--models", "base", "alpha_0.50"]),  # the other was decoded for another run
+        ("0.1", 0.5, []), ("0.25", 1.0, []),
+    ):
+        done = helper(
+            sys.executable, "local/score.py", "--transcripts", tmp_path / "t", *models, "--max_wideband_loss", loss,
+            "--output", tmp_path / "dev_summary.json", "--choose", tmp_path / "choice.json",
+        )
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / "choice.json").read_text("utf-8"))["alpha"] == alpha
     summary = json.loads((tmp_path / "dev_summary.json").read_text("utf-8"))

@@ -59,7 +59,7 @@ elif "--choose" in args:
 elif "stats" in args:
     write(option("--data_dir") / "STAGE0_COMPLETION_REPORT.md")
 elif name == "decode.py":
-    option("--output_dir").mkdir(parents=True)
+    option("--output_dir").mkdir(parents=True, exist_ok=True)
 else:
     for flag in ("--output", "--dev", "--test", "--valid_output"):
         if option(flag):
@@ -383,6 +383,24 @@ def test_work_is_not_replaced_without_force_and_then_moved_aside(recipe):
     folders = sorted(path.name for path in (recipe.exp / "exp/8k_telephone").iterdir())
     assert folders[0] == "stage1_encoder_adapt"
     assert len(folders) == 2 and folders[1].startswith("stage1_encoder_adapt.old.")
+
+
+def test_other_keywords_or_alphas_keep_the_transcripts_and_score_those_that_are_asked_for(recipe, tmp_path):
+    assert recipe(-1, 4).returncode == 0
+    kept = recipe.exp / "eval/dev/alpha_0.25.real_dev.jsonl"
+    kept.write_text("decoded in hours\n")
+    (tmp_path / "keywords.txt").write_text("退款\n")
+    recipe.forget_calls()
+    changed = {"keywords": tmp_path / "keywords.txt", "alphas": "0.5 1.0"}
+    failed = recipe(4, **changed, environment={"FAILING": "decode.py"})
+    assert failed.returncode == 7 and "redone, changed: ALPHAS" in failed.stdout
+    assert not (recipe.exp / "eval/summary.json").exists(), "scores of the old keywords"
+    assert recipe(4, **changed).returncode == 0 and kept.is_file()
+    choice, scores = [call for call in recipe.calls() if call[0] == "score.py"]
+    models = choice.index("--models") + 1
+    assert choice[models : models + 3] == ["base", "alpha_0.5", "alpha_1.0"] and "--models" not in scores
+    assert recipe(4, **changed, force="true").returncode == 0 and not kept.exists()
+    assert len(list(recipe.exp.glob("eval.old.*"))) == 1
 
 
 def test_a_stage_redone_makes_the_next_one_out_of_date(recipe):
