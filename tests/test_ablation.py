@@ -10,7 +10,7 @@ import torch
 import ablation
 from common import write_json
 from mini import make_model, make_rows
-from nano.config import flat_keys, read_stage
+from nano.config import flat_items, read_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,16 +55,10 @@ def test_a_variant_changes_the_keys_it_names_and_no_other(name, tmp_path):
         plain, changes = ROOT / f"conf/demo/{stage}.yaml", ablation.VARIANTS[name][3].get(stage, {})
         ablation.write_overlay(plain, changes, tmp_path / f"{stage}.yaml")
         stages = [read_stage([ROOT / f"conf/{stage}.yaml", overlay]) for overlay in (plain, tmp_path / f"{stage}.yaml")]
-        values = [{key: value(stage, key) for key in flat_keys(stage)} for stage in stages]
-        changed = {key for key in values[1] if values[1][key] != values[0].get(key, "absent")}
-        assert changed <= flat_keys(changes), changed
+        before, after = map(flat_items, stages)
+        changed = {key for key in after if after[key] != before.get(key, "absent")}
+        assert changed <= flat_items(changes).keys(), changed
         assert not changes or changed
-
-
-def value(config: dict, key: str):
-    for part in key.split("."):
-        config = config[part]
-    return config
 
 
 def test_greedy_ctc_joins_repeats_and_drops_blanks(tmp_path, monkeypatch):

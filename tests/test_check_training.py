@@ -18,12 +18,12 @@ from common import UserError, write_jsonl
 from mini import QUICK, ROOT, STAGES, arguments, curves, log_line, make_model, make_rows, train_here
 from nano import weights
 from nano.batch_size import gpu_bytes
-from nano.config import build_on_meta, effective, flat_keys, read_stage
+from nano.config import build_on_meta, effective, flat_items, read_stage
 from nano.dataset import Once
 from nano.train_log import read_log
 
 YAMLS = [path for path in sorted(ROOT.glob("conf/**/*.yaml")) if path.stem.startswith(("stage", "base_model"))]
-KEYS = [(path, key) for path in YAMLS for key in sorted(flat_keys(yaml.safe_load(path.read_text())))]
+KEYS = [(path, key) for path in YAMLS for key in sorted(flat_items(yaml.safe_load(path.read_text())))]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_typo_in_any_key_of_any_stage_yaml_is_refused_with_the_nearest(tmp_pat
 
 @pytest.mark.parametrize("path", YAMLS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_every_stage_yaml_holds_accepted_keys_only_and_at_most_twenty_five(path):
-    keys = flat_keys(read_stage([path]))
+    keys = flat_items(read_stage([path]))
     assert 0 < len(keys) <= (25 if path.stem.startswith("stage") else 40)
 
 

@@ -10,7 +10,7 @@ import yaml
 import metrics
 from corpus_filter import LIMITS, TextRules, over_limit
 from mini import ROOT
-from nano.config import flat_keys
+from nano.config import flat_items
 from telephone.channel import PROBABILITY, SCHEMA, draw, load_config
 
 CHANNEL = ROOT / "conf" / "telephone_channel.yaml"
@@ -114,4 +114,4 @@ def test_decode_yaml_holds_the_keys_that_are_read_and_no_other():
     from nano.inference import read_conf
 
     read = set(read_conf(ROOT / "conf" / "decode.yaml")) | {"chinese_numerals", "bootstrap_resamples"}
-    assert flat_keys(DECODE) == read
+    assert flat_items(DECODE).keys() == read

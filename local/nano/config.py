@@ -58,11 +58,6 @@ def flat_items(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return items
 
 
-def flat_keys(config: dict[str, Any]) -> set[str]:
-    """Dotted names of a nested configuration's leaves: {"a": {"b": 1}} -> {"a.b"}."""
-    return set(flat_items(config))
-
-
 def read_stage(paths: list[Path]) -> dict[str, Any]:
     """The YAMLs laid over one another. UserError, code 2, for one that is missing, not YAML, or has an unread key."""
     from omegaconf import OmegaConf
@@ -78,10 +73,10 @@ def read_stage(paths: list[Path]) -> dict[str, Any]:
             raise UserError(f"{path}: not YAML: {error}", code=2) from error
         if not isinstance(layer, dict):
             raise UserError(f"{path}: a {type(layer).__name__}, not keys and values", code=2)
-        for key in sorted(flat_keys(layer) - ACCEPTED):
-            near = difflib.get_close_matches(key, sorted(ACCEPTED), 1, 0)
-            raise UserError(f"{path}: nothing reads the key {key}; the nearest that is read is {near[0]}", code=2)
         for key, value in flat_items(layer).items():
+            if key not in ACCEPTED:
+                near = difflib.get_close_matches(key, sorted(ACCEPTED), 1, 0)
+                raise UserError(f"{path}: nothing reads the key {key}; the nearest that is read is {near[0]}", code=2)
             if key not in NO_NUMBERS and not isinstance(value, (bool, int, float, type(None))):
                 raise UserError(f"{path}: {key} is {value!r}, not a number, true or false", code=2)
             if key in ("train_conf.keep_nbest_models", "train_conf.avg_nbest_model") and not value:
