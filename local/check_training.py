@@ -137,6 +137,7 @@ def check_rows(path: Path, dataset: dict[str, Any], fs: int) -> int:
         try:
             key, speech, text = row["key"], row["speech_length"], row["text_length"]
             audio, said = AUDIO.search(row["messages"][1]["content"]).group(1), row["messages"][2]["content"]
+            online = row.get("channel", {}).get("online")
         except (KeyError, IndexError, AttributeError, TypeError) as error:
             raise UserError(f"{path}:{number}: no formatted row (key, messages, lengths); run stage 0") from error
         if key in keys:
@@ -150,9 +151,8 @@ def check_rows(path: Path, dataset: dict[str, Any], fs: int) -> int:
         if speech + text > both_most:
             raise UserError(f"{path}: {key} has {speech + text} frames and tokens, the sampler would skip it; raise "
                             f"dataset_conf.max_token_length above {both_most}")  # fmt: skip
-        channel = row.get("channel")
-        if isinstance(channel, dict) and "online" in channel and not Path(channel["online"]).is_file():
-            raise UserError(f"{path}: {key}: no channel settings {channel['online']}; run stage 0 again")
+        if online and not Path(online).is_file():
+            raise UserError(f"{path}: {key}: no channel settings {online}; run stage 0 again")
         try:
             info = soundfile.info(audio)
         except (soundfile.LibsndfileError, OSError) as error:

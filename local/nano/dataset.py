@@ -15,7 +15,6 @@ Importing this module registers its classes under FunASR's own names. What diffe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +24,8 @@ import soundfile
 import torch
 from funasr.frontends import wav_frontend
 from funasr.register import tables
+
+from common import read_jsonl
 
 # Upstream's module has two classes of this name, the second hides the first; the registry has both.
 Stock = tables.dataset_classes["FunASR"]
@@ -49,7 +50,9 @@ class FunASR(Stock):
         self.batch_size_token_max = float("inf")
         self.cache: dict[int, dict] = {}
         self.cache_left = cache_gib * 2**30
-        self.online = online_rows(path)
+        # Settings of the rows whose channel is drawn in training, by key; upstream's index does not keep them.
+        simulated = (row for row in read_jsonl(path) if "channel" in row)
+        self.online = {row["key"]: row["channel"]["online"] for row in simulated if "online" in row["channel"]}
         if self.online and (self.channel is None or not kwargs.get("is_training")):
             raise ValueError(f"{path} has rows whose channel is drawn in training; only local/train.py trains on them, "
                              "and dev rows must not be such; run stage 0 again")  # fmt: skip
@@ -135,18 +138,6 @@ def batch_sampler(dataset: Stock, start_step: int = 0, **conf: Any) -> dict[str,
     arguments = stock_sampler(dataset, **conf)
     arguments["batch_sampler"] = Once(arguments["batch_sampler"], start_step)
     return arguments
-
-
-def online_rows(path: str) -> dict[str, str]:
-    """Settings of the rows of a list whose channel is drawn in training, by key."""
-    found = {}
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if '"online"' in line:  # cheap to see; most lists have none
-                row = json.loads(line)
-                if isinstance(row.get("channel"), dict) and "online" in row["channel"]:
-                    found[row["key"]] = row["channel"]["online"]
-    return found
 
 
 @tables.register("frontend_classes", "WavFrontend")
