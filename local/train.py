@@ -41,7 +41,7 @@ def build_config(args: argparse.Namespace) -> dict[str, Any]:
         "seed": args.seed,
     }
     if not torch.cuda.is_available():
-        config |= {"device": "cpu", "backend": "gloo", "ncpu": args.num_threads}
+        config |= {"device": "cpu", "backend": "gloo", "ncpu": torch.get_num_threads()}
     return config
 
 
@@ -95,8 +95,6 @@ def train(config: dict[str, Any]) -> None:
 def get_args() -> argparse.Namespace:
     parser = stage_parser(__doc__)
     parser.add_argument("--seed", type=int, default=0, help="Seed of initial weights, order, dropout and SpecAugment.")
-    threads = len(os.sched_getaffinity(0))
-    parser.add_argument("--num_threads", type=int, default=threads, help="CPU threads where there is no GPU.")
     return parser.parse_args()
 
 

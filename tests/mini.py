@@ -67,7 +67,6 @@ def arguments(folder: Path, model_dir: Path, rows: list[dict], stage: str = STAG
         "stage_conf": ROOT / "conf" / f"{stage}.yaml", "overlay": [folder / "overlay.yaml"] if overlay else [],
         "model_dir": model_dir, "init_checkpoint": model_dir / "model.pt", "train_list": folder / "list.jsonl",
         "valid_list": folder / "list.jsonl", "output_dir": folder / stage, "frontend_fs": 16000, "seed": 0,
-        "num_threads": 1,
     }  # fmt: skip
     return argparse.Namespace(**given | changed)
 

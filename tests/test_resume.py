@@ -129,7 +129,7 @@ class Training:
             sys.executable, self.corpus / "witness.py", "--stage_conf", "conf/stage1_encoder_adapt.yaml", "--overlay",
             self.overlay, "--model_dir", self.corpus / "model", "--init_checkpoint", self.corpus / "model/model.pt",
             "--train_list", self.corpus / "list.jsonl", "--valid_list", self.corpus / "list.jsonl", "--output_dir",
-            self.output, "--num_threads", "1",
+            self.output,
         ]  # fmt: skip
         environment = {**os.environ, "NOTES": str(self.notes), "KILLS": json.dumps(kills), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True,
