@@ -17,12 +17,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "local"))
 
-import audio  # noqa: E402
 import metrics  # noqa: E402
 from common import UserError, atomic_write, read_jsonl, run, write_json  # noqa: E402
+from decode import utterance  # noqa: E402
+from nano import weights  # noqa: E402
 
 STAGES = ("stage1_encoder_adapt", "stage2_adapter_align", "stage3_lora_domain")
 NO_CTC = {"ctc_weight": 0, "ctc_decoder_conf": {"freeze": True}}
@@ -87,10 +90,7 @@ def ctc_errors(folder: Path) -> dict[str, float]:
     kept = folder / "eval/ctc.json"
     if kept.is_file():
         return json.loads(kept.read_text("utf-8"))
-    import torch
     from funasr import AutoModel
-
-    from nano import weights
 
     model_dir = (folder / "model/model_dir.txt").read_text("utf-8").strip()
     trained = folder / "exp/8k_telephone" / STAGES[0]
@@ -114,10 +114,7 @@ def ctc_errors(folder: Path) -> dict[str, float]:
 
 def greedy_ctc(model: Any, frontend: Any, row: dict[str, Any]) -> str:
     """What the CTC branch hears: the best symbol of each frame, repeats and blanks removed."""
-    import torch
-
-    path = row["messages"][1]["content"].split("<|startofspeech|>!")[1].removesuffix("<|endofspeech|>")
-    samples = torch.from_numpy(audio.read(path)[0])
+    samples = torch.from_numpy(utterance(row, frontend.fs).samples)
     with torch.inference_mode():
         features, lengths = frontend(samples[None], [len(samples)])
         decoded, _ = model.ctc_decoder(*model.encode(features, lengths))

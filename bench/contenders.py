@@ -8,6 +8,7 @@ processor time, and such seconds by codec.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
@@ -21,8 +22,6 @@ import numpy as np
 import soundfile
 
 LOCAL = Path(__file__).resolve().parent.parent / "local"
-OURS = ("clean-pcma", "default")
-PEERS = ("scipy", "sox", "audiomentations", "pedalboard")
 SIZES = ("5s", "60s")
 
 
@@ -104,6 +103,11 @@ def simulator(paths: list[Path], out: Path, preset: str | None = None, num_worke
     return work
 
 
+OURS = {"clean-pcma": functools.partial(simulator, preset="clean-pcma"), "default": simulator}
+PEERS = {"scipy": scipy_chain, "sox": sox_pair, "audiomentations": audiomentations_chain,
+         "pedalboard": pedalboard_chain}  # fmt: skip
+
+
 def time_codecs() -> dict[str, float]:
     """From now on, seconds spent in every codec but G.711."""
     from telephone.codecs import CODECS
@@ -135,17 +139,12 @@ def core_seconds() -> float:
 def work(name: str, folder: Path) -> None:
     """Be one contender until stdin ends."""
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    makers = {"scipy": scipy_chain, "sox": sox_pair, "audiomentations": audiomentations_chain,
-              "pedalboard": pedalboard_chain}  # fmt: skip
     codecs = time_codecs() if name in OURS else {}
     rounds = {}
     for size in SIZES:
         paths, out = sorted(folder.glob(f"{size}_*.wav")), folder / "out" / name / size
         out.mkdir(parents=True)
-        if name in OURS:
-            rounds[size] = simulator(paths, out, None if name == "default" else name)
-        else:
-            rounds[size] = makers[name](paths, out)
+        rounds[size] = (OURS | PEERS)[name](paths, out)
     print("ready", flush=True)
     for line in sys.stdin:
         codecs.clear()

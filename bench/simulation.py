@@ -73,7 +73,7 @@ def two_workers(folder: Path, rounds: int) -> float:
     for count in (1, 2):
         out = folder / "out" / f"workers{count}"
         out.mkdir(parents=True)
-        contenders[count] = simulator(paths, out, None, count)
+        contenders[count] = simulator(paths, out, num_workers=count)
         contenders[count]()  # the workers start once
     best = dict.fromkeys(contenders, np.inf)
     for _ in range(rounds):
