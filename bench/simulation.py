@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+import stage0
 from contenders import LOCAL, OURS, PEERS, simulator
 
 FILES = {"5s": (5, 200), "60s": (60, 20)}  # name: (seconds, files)
@@ -34,17 +35,9 @@ THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THR
 
 def make_files(folder: Path) -> None:
     """Speech of several voices, cut at another place for every file."""
-    from speak_corpus import open_espeak
-    from telephone.resample import resample
-
-    text = "您好，这里是客户服务中心，请问您现在方便接听电话吗？我们想和您核对一下上个月的账单，谢谢您的配合。"
-    with open_espeak() as speak:
-        spoken = [speak(text, voice, 160, 50) for voice in ("m1", "f1", "m3", "f2", "m4", "f4")]
-    samples = 0.5 * resample(np.concatenate(spoken), 22050, 16000)
     for size, (seconds, count) in FILES.items():
-        for number in range(count):
-            part = np.resize(np.roll(samples, -7919 * number), 16000 * seconds)
-            soundfile.write(folder / f"{size}_{number:03d}.wav", part, 16000)
+        for number, samples in enumerate(stage0.spoken(count, seconds, 16000)):
+            soundfile.write(folder / f"{size}_{number:03d}.wav", samples, 16000)
 
 
 def start(name: str, folder: Path, peers: str) -> subprocess.Popen | None:
@@ -86,19 +79,13 @@ def two_workers(folder: Path, rounds: int) -> float:
 
 def memory_peak(folder: Path, count: int) -> float:
     """Peak memory in MiB of simulating `count` short utterances."""
-    wav = folder / "short.wav"
+    wav, rows, out = folder / "short.wav", folder / "rows.jsonl", folder / f"rows{count}"
     soundfile.write(wav, 0.1 * np.random.default_rng(0).standard_normal(3200), 16000)
-    with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"key": f"k{i}", "source": str(wav), "target": "x"}) + "\n" for i in range(count))
-    out = folder / f"rows{count}"
-    command = [LOCAL / "data_simulation.py", "--input", folder / "rows.jsonl", "--output", out / "out.jsonl"]
-    command += ["--output_audio_dir", out, "--preset", "clean-pcma", "--audio_format", "wav"]
-    code = ("import resource, subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], check=True, stderr=-3)\n"
-            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")  # fmt: skip
-    command = [sys.executable, "-c", code, *map(str, command)]
-    peak = subprocess.run(command, check=True, stdout=-1, text=True, cwd=LOCAL.parent).stdout
+    stage0.write_jsonl(rows, ({"key": f"k{i}", "source": str(wav), "target": "x"} for i in range(count)))
+    _, _, peak = stage0.run("data_simulation.py", input=rows, output=out / "out.jsonl", output_audio_dir=out,
+                            preset="clean-pcma", audio_format="wav")  # fmt: skip
     shutil.rmtree(out)
-    return round(int(peak) / 1024, 1)
+    return round(peak, 1)
 
 
 def describe_machine() -> dict:
@@ -173,7 +160,6 @@ def get_args() -> argparse.Namespace:
 
 def main() -> None:
     args = get_args()
-    sys.path[:0] = [str(LOCAL), str(LOCAL.parent / "demo")]
     facts = {"machine": describe_machine(), "versions": describe_versions(args.peers)}
     # In memory where that is possible: a disk is not what is measured.
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None

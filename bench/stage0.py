@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
@@ -24,7 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "local"), str(ROOT / "demo")]
 import audio  # noqa: E402
 from common import write_json, write_jsonl  # noqa: E402
-from miniature import build_folder  # noqa: E402
 from speak_corpus import open_espeak  # noqa: E402
 from telephone.resample import resample  # noqa: E402
 
@@ -51,16 +51,23 @@ def run(helper: str, **options: object) -> np.ndarray:
     return np.array([time.monotonic() - start, *map(float, done.stdout.split())])
 
 
-def speak_corpora(folder: Path, segments: int) -> dict[int, float]:
-    """Write both corpora in two sizes, each file another cut of the same voices; return the seconds of each size."""
-    lengths = {FEW: 0.0, segments: 0.0}
+def spoken(count: int, seconds: float, rate: int) -> Iterator[np.ndarray]:
+    """Recordings of the same voices, each cut at another place."""
     with open_espeak() as speak:
-        spoken = np.concatenate([speak(TEXT, voice, 160, 50) for voice in ("m1", "f1", "m3", "f2", "m4", "f4")])
+        voices = np.concatenate([speak(TEXT, voice, 160, 50) for voice in ("m1", "f1", "m3", "f2", "m4", "f4")])
+    samples = 0.5 * resample(voices, 22050, rate)
+    for number in range(count):
+        yield np.resize(np.roll(samples, -7919 * number), round(seconds * rate))
+
+
+def speak_corpora(folder: Path, segments: int) -> dict[int, float]:
+    """Write both corpora in two sizes; return the seconds of each size."""
+    lengths = {FEW: 0.0, segments: 0.0}
     for name, (seconds, rate, suffix, share) in CORPORA.items():
-        samples, rows = 0.5 * resample(spoken, 22050, rate), []
-        for i in range(max(2, round(segments * share))):
+        rows = []
+        for i, samples in enumerate(spoken(max(2, round(segments * share)), seconds, rate)):
             path = folder / name / f"{i}.{suffix}"
-            audio.write(path, np.resize(np.roll(samples, -7919 * i), round(seconds * rate)), rate)
+            audio.write(path, samples, rate)
             rows.append({"key": f"{name}-{i}", "source": str(path), "target": TEXT[: round(4 * seconds)]})
         for size in lengths:
             some = rows[: max(1, round(size * share))]
@@ -126,6 +133,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "exp_output/bench/stage0.json", help="JSON to write.")
     parser.add_argument("--segments", type=int, default=96, help="16 kHz segments of the large run.")
     args = parser.parse_args()
+    from miniature import build_folder  # imports torch
+
     with tempfile.TemporaryDirectory(prefix="stage0_bench_") as name:
         lengths = speak_corpora(Path(name), args.segments)
         build_folder(Path(name) / "model", "".join(sorted(set(TEXT))))
