@@ -24,6 +24,7 @@ import soundfile
 import torch
 from funasr.frontends import wav_frontend
 from funasr.register import tables
+from transformers.audio_utils import mel_filter_bank
 
 from common import read_jsonl
 
@@ -153,7 +154,10 @@ class WavFrontend(wav_frontend.WavFrontend):
         self.size, self.shift = (self.fs * ms // 1000 for ms in (self.frame_length, self.frame_shift))
         self.fft = 1 << (self.size - 1).bit_length()
         self.taper = torch.hamming_window(self.size, periodic=False)
-        self.mels = mel_filters(self.n_mels, self.fs, self.fft)
+        # Kaldi's triangles from 20 Hz to half the sampling rate, without the bin at the end, which no triangle reaches.
+        mels = mel_filter_bank(self.fft // 2 + 1, self.n_mels, 20.0, self.fs / 2, self.fs, mel_scale="kaldi",
+                               triangularize_in_mel_space=True)  # fmt: skip
+        self.mels = torch.from_numpy(mels[:-1]).float()
 
     def forward(self, input: torch.Tensor, input_lengths, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (batch, LFR frames, mels * lfr_m) of waveforms (batch, samples) in -1..1, and their lengths."""
@@ -177,16 +181,3 @@ class WavFrontend(wav_frontend.WavFrontend):
         spectrum = torch.fft.rfft((frames - 0.97 * before) * self.taper.to(frames), self.fft)[:, :-1]
         power = spectrum.real.square() + spectrum.imag.square()
         return (power @ self.mels.to(frames)).clamp(min=torch.finfo(torch.float32).eps).log()
-
-
-def mel_filters(count: int, fs: int, fft: int, low: float = 20.0) -> torch.Tensor:
-    """Kaldi's triangles, (fft / 2, count): evenly spaced on its mel scale from `low` Hz to half the sampling rate."""
-
-    def mel(hz: torch.Tensor) -> torch.Tensor:
-        return 1127.0 * torch.log1p(hz / 700.0)
-
-    first, last = mel(torch.tensor([low, fs / 2], dtype=torch.float64)).tolist()
-    edges = torch.linspace(first, last, count + 2, dtype=torch.float64)
-    bins = mel(torch.arange(fft // 2, dtype=torch.float64) * fs / fft)[:, None]
-    rising, falling = (bins - edges[:-2]), (edges[2:] - bins)
-    return (torch.minimum(rising, falling) / (edges[1] - edges[0])).clamp(min=0).float()
