@@ -150,7 +150,7 @@ class WavFrontend(wav_frontend.WavFrontend):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.usual = self.window == "hamming" and self.snip_edges and self.upsacle_samples
+        self.usual = self.window == "hamming" and self.snip_edges and self.upsacle_samples and self.cmvn is None
         self.size, self.shift = (self.fs * ms // 1000 for ms in (self.frame_length, self.frame_shift))
         self.fft = 1 << (self.size - 1).bit_length()
         self.taper = torch.hamming_window(self.size, periodic=False)
@@ -163,11 +163,8 @@ class WavFrontend(wav_frontend.WavFrontend):
         """Features (batch, LFR frames, mels * lfr_m) of waveforms (batch, samples) in -1..1, and their lengths."""
         if not self.usual or min(input_lengths) < self.size:
             return super().forward(input, input_lengths, **kwargs)
-        features = []
-        for waveform, length in zip(input, input_lengths, strict=True):
-            features.append(wav_frontend.apply_lfr(self.fbank(waveform[:length]), self.lfr_m, self.lfr_n))
-            if self.cmvn is not None:
-                features[-1] = wav_frontend.apply_cmvn(features[-1], self.cmvn)
+        features = [wav_frontend.apply_lfr(self.fbank(waveform[:length]), self.lfr_m, self.lfr_n)
+                    for waveform, length in zip(input, input_lengths, strict=True)]  # fmt: skip
         lengths = torch.tensor([len(feature) for feature in features])
         return torch.nn.utils.rnn.pad_sequence(features, batch_first=True), lengths
 
