@@ -28,6 +28,7 @@ import yaml
 
 from common import UserError, file_hash, run
 from nano import weights
+from nano.config import flat_items
 
 README = """# {name}
 
@@ -76,20 +77,16 @@ def get_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def named_files(paths: dict[str, Any]) -> set[str]:
-    """The files and folders that configuration.json names, at any depth."""
-    return set().union(*(named_files(path) if isinstance(path, dict) else {path} for path in paths.values()))
-
-
 def copy_configuration(source: Path, target: Path, frontend_fs: int, itn: bool) -> None:
     """Copy everything FunASR reads from a model folder except the weights; note frontend and prompt of training."""
     try:
-        names = named_files(json.loads((source / "configuration.json").read_text("utf-8"))["file_path_metas"])
+        named = json.loads((source / "configuration.json").read_text("utf-8"))["file_path_metas"]
         config = yaml.safe_load((source / "config.yaml").read_text("utf-8"))
     except (OSError, ValueError, KeyError, yaml.YAMLError) as error:
         raise UserError(f"{source} is not a whole model folder ({error!r}); run stage -1 again") from error
     licences = {path.name for path in source.glob("LICEN[CS]E*")}
-    for name in sorted((names | licences | {"configuration.json"}) - {"model.pt", "config.yaml"}):
+    names = {*flat_items(named).values(), *licences, "configuration.json"} - {"model.pt", "config.yaml"}
+    for name in sorted(names):
         if (source / name).is_dir():
             shutil.copytree(source / name, target / name)
         elif (source / name).is_file():
