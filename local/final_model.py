@@ -17,8 +17,8 @@ import argparse
 import datetime
 import json
 import logging
-import os
 import shutil
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -160,8 +160,8 @@ def export(args: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{args.summary}: {error}; run stage 4 first") from error
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    part = args.output.with_name(f".{args.output.name}.{os.getpid()}.tmp")
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{args.output.name}.", dir=args.output.parent) as beside:
+        part = Path(beside) / args.output.name
         part.mkdir()
         copy_configuration(args.model_dir, part, args.frontend_fs, itn)
         write_weights(args.model_dir, args.checkpoint, part)
@@ -173,8 +173,6 @@ def export(args: argparse.Namespace) -> None:
         if args.output.exists():
             shutil.rmtree(args.output)
         part.rename(args.output)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     logging.info("%s loads with funasr %s", args.output, version("funasr"))
 
 
