@@ -102,7 +102,7 @@ def align(
 
 
 def rate(errors: np.ndarray, lengths: np.ndarray) -> float | None:
-    """Errors over reference length of a whole set; None when there is nothing to recognise."""
+    """Errors over reference length of a whole set, or another such share; None when there is nothing to recognise."""
     total = int(np.sum(lengths))
     return float(np.sum(errors)) / total if total else None
 

@@ -72,8 +72,9 @@ class Scored:
             "cer": metrics.rate(counts.errors, counts.lengths), "cer_low": low, "cer_high": high,
             "wer": metrics.rate(words.errors, words.lengths), "kwer": metrics.rate(wanted - found, wanted),
             "chars_per_minute": float(written.sum() / minutes) if minutes and not counts.lengths.any() else None,
-            "p_value": p_value, "kwer_low": kwer_low, "kwer_high": kwer_high, **_f_score(wanted, found, self.heard),
-            "keyword_occurrences": int(wanted.sum()), "characters": int(counts.lengths.sum()),
+            "p_value": p_value, "kwer_low": kwer_low, "kwer_high": kwer_high,
+            "keyword_precision": metrics.rate(found, self.heard), "keyword_occurrences": int(wanted.sum()),
+            "characters": int(counts.lengths.sum()),
             **{name: int(getattr(counts, name).sum()) for name in ("substitutions", "deletions", "insertions")},
             "loops": sum(map(metrics.has_loop, self.references, self.hypotheses)),
             "empties": int(np.sum((written == 0) & (counts.lengths > 0))),
@@ -103,7 +104,8 @@ class Scored:
             if wanted.sum() + heard.sum():
                 tables["keywords"].append({
                     "keyword": name, "reference": int(wanted.sum()), "hypothesis": int(heard.sum()),
-                    "found": int(found.sum()), **_f_score(wanted, found, heard),
+                    "found": int(found.sum()), "keyword_recall": metrics.rate(found, wanted),
+                    "keyword_precision": metrics.rate(found, heard),
                 })
         return {table: [{"model": self.model, "test_set": self.test_set, **row} for row in rows]
                 for table, rows in tables.items()}
@@ -116,15 +118,6 @@ class Scored:
             "errors": int(self.characters.errors[index]), "characters": int(self.characters.lengths[index]),
             "chunks": [(kind, "".join(old), "".join(new)) for kind, old, new in chunks],
         }
-
-
-def _f_score(wanted: np.ndarray, found: np.ndarray, heard: np.ndarray) -> dict[str, float | None]:
-    hits, reference, hypothesis = int(found.sum()), int(wanted.sum()), int(heard.sum())
-    return {
-        "keyword_recall": hits / reference if reference else None,
-        "keyword_precision": hits / hypothesis if hypothesis else None,
-        "keyword_f1": 2 * hits / (reference + hypothesis) if reference + hypothesis else None,
-    }
 
 
 def read_transcripts(folder: str, models: list[str] | None = None) -> Iterator[list[dict[str, Any]]]:
