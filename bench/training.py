@@ -155,7 +155,7 @@ def bench_decoding(corpus: Path, folder: Path, args: argparse.Namespace) -> dict
         def __init__(self, folder: Path, device: str, dtype: str):
             from funasr import AutoModel
 
-            self.dtype, self.halved, self.most_samples = dtype, 0, sys.maxsize
+            self.dtype, self.most_samples = dtype, sys.maxsize
             self.auto_model = AutoModel(
                 model=str(folder), device=device, disable_update=True, ncpu=1, ctc_decoder=None,
                 frontend_conf={"dither": 0.0}, llm_conf={"llm_dtype": dtype},

@@ -91,7 +91,7 @@ def is_current(output: Path, record: dict[str, Any]) -> bool:
 
 def decode_test_set(recogniser: Recogniser, rows: list[dict[str, Any]], output: Path, record: dict[str, Any]) -> None:
     """Decode one test set with the weights loaded, going on from the whole lines of OUTPUT's .part file."""
-    part, conf, halved = output.with_suffix(".part"), record["conf"], recogniser.halved
+    part, conf = output.with_suffix(".part"), record["conf"]
     written = part.read_bytes() if part.is_file() else b""
     whole = written[: written.rfind(b"\n") + 1]
     done = {row["key"]: row for row in map(json.loads, whole.splitlines())}
@@ -108,7 +108,6 @@ def decode_test_set(recogniser: Recogniser, rows: list[dict[str, Any]], output: 
                 done[row["key"]] = transcript(row, text, record["model"], record["test_set"])
                 file.write((json.dumps(done[row["key"]], ensure_ascii=False) + "\n").encode())
             file.flush()
-    write_json(output.with_suffix(".run.json"), record | {"batches_halved": recogniser.halved - halved})
     write_jsonl(output, (done[row["key"]] for row in rows))
     part.unlink()
     logging.info("%s: %d utterances", output, len(rows))

@@ -40,8 +40,7 @@ class Utterance(NamedTuple):
 class Recogniser:
     """A Fun-ASR-Nano model ready to decode; `load` exchanges its weights. `fs` is its frontend's rate in Hz.
 
-    `halved` counts how often a batch did not fit the GPU's memory and went on in halves; `most_samples`, with
-    padding, is what did then, and later batches are cut to it.
+    Batches are cut to `most_samples`, padding included, once a larger one did not fit the GPU's memory.
     """
 
     def __init__(self, model_dir: str | os.PathLike, device: str, dtype: str = "fp32", frontend_fs: int | None = None):
@@ -50,7 +49,7 @@ class Recogniser:
         import nano.dataset  # noqa: F401 -- registers the features of training, in a third of the time
         from nano.layers import fuse_attention
 
-        self.dtype, self.halved, self.most_samples = dtype, 0, sys.maxsize
+        self.dtype, self.most_samples = dtype, sys.maxsize
         frontend = {"dither": 0.0}  # FunASR's default dither makes transcripts random
         self.auto_model = AutoModel(
             model=str(model_dir), device=device, disable_update=True, ncpu=torch.get_num_threads(),
@@ -109,7 +108,6 @@ class Recogniser:
             self.most_samples = size // 2 * longest
             logging.warning("%d utterances at once do not fit the GPU's memory: from here on %.0f s of padded audio at "
                             "a time; a smaller batch_seconds saves such attempts", size, self.most_samples / self.fs)
-            self.halved += 1
         return texts
 
     def decode(
