@@ -14,7 +14,6 @@ import argparse
 import copy
 import difflib
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -134,13 +133,8 @@ def build_on_meta(config: dict[str, Any]) -> torch.nn.Module:
     frontend = tables.frontend_classes.get(config["frontend"])(**config.get("frontend_conf", {}))
     arguments = dict(config.get("model_conf", {}))
     deep_update(arguments, {**config, "input_size": frontend.output_size(), "vocab_size": -1})
-    level = logging.getLogger().level
-    logging.getLogger().setLevel(logging.WARNING)
-    try:
-        with torch.device("meta"):
-            return model_class(**arguments)
-    finally:
-        logging.getLogger().setLevel(level)
+    with torch.device("meta"):
+        return model_class(**arguments)
 
 
 def stage_parser(description: str) -> argparse.ArgumentParser:
