@@ -5,7 +5,7 @@
 writes base_train, wideband_{train,dev,test} (16 kHz FLAC) and calls_{train,dev,test} (8 kHz A-law WAV, all of them
 through a mobile network, which is a quarter of what stage 0 simulates) as JSONL of {"key", "source", "target",
 "speaker", "call"}. Dev and test are other people: their voices and their texts occur in no training set.
-Sentences come from data/demo_sentences.yaml. Everything is a function of (seed, key).
+Sentences come from data/demo_sentences.yaml. Everything is a function of (seed, key), on one kind of CPU.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import ctypes
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
@@ -40,11 +42,12 @@ from telephone.resample import resample  # noqa: E402
 DIGITS = "零一二三四五六七八九"
 
 # espeak-ng voice variants: ordinary adult voices only, no whisper, robot, echo or other effect.
-# No voice is in two lists of different rows: train, dev and test are different people.
+# No voice is in two lists of different rows: train, dev and test are different people. None breathes as f2, f3, f5
+# and Alicia do: espeak-ng's breath is another one in every run.
 VOICES = {
-    "train": "m1 m2 m3 m4 m7 f1 f2 f4 f5 Andy Denis Michael linda steph",
+    "train": "m1 m2 m3 m4 m7 f1 Andy Denis Michael linda steph steph3 aunty Nguyen",
     "dev": "m6 Annie Reed",
-    "test": "m5 m8 f3",
+    "test": "m5 m8 f4",
     "calls_train": "paul edward belinda Lee david anika Andrea Mario Gene quincy Jacky Henrique Mike",
     "calls_dev": "ed shelby rob",
     "calls_test": "ian steph2 travis",
@@ -134,6 +137,26 @@ def generator(seed: int, key: str) -> np.random.Generator:
     return np.random.default_rng(np.frombuffer(hashlib.sha256(f"{seed}/{key}".encode()).digest(), np.uint32))
 
 
+def speak_apart(text: str, voice: str, rate: int, pitch: int) -> np.ndarray:
+    """Speak in a process of its own: what espeak-ng says depends on what it has said before, even after a restart."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    # Forked, so that nothing is imported again.
+    child = multiprocessing.get_context("fork").Process(target=_speak_into, args=(sender, text, voice, rate, pitch))
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError as error:
+        raise UserError(f"espeak-ng could not speak {text!r} as cmn+{voice}; the lines above say why") from error
+    finally:
+        child.join()
+
+
+def _speak_into(sender: multiprocessing.connection.Connection, *sentence: Any) -> None:
+    with open_espeak() as speak:
+        sender.send(speak(*sentence))
+
+
 @contextlib.contextmanager
 def open_espeak() -> Iterator[Callable[[str, str, int, int], np.ndarray]]:
     """Start libespeak-ng; give speak(text, variant, words per minute, pitch 0-99) -> float32 at 22,050 Hz.
@@ -177,34 +200,33 @@ def speak_set(name: str, texts: list[str], first: int, folder: Path, seed: int) 
     mobile = load_config(ROOT / "conf/telephone_channel.yaml", "mobile", no_babble=True)
     voices = VOICES[SETS[name][1]].split()
     rows = []
-    with open_espeak() as speak:
-        for number, text in enumerate(texts, first):
-            key = f"{name}-{number:05d}"
-            rng = generator(seed, key)
-            voice = voices[rng.integers(len(voices))]
-            # Eight people a voice: another pitch and pace each.
-            person = generator(seed, f"{voice}/{rng.integers(8)}")
-            rate, pitch = int(person.integers(125, 171)), int(person.integers(35, 66))
-            # Another pace of the samples is another head: more speakers than fourteen voices (effect not measured).
-            # No noise, no dull recordings: a base that has heard some is hardly worse on the telephone (CER of 10-20 %
-            # in single runs), and there would be little to adapt to.
-            size = rng.uniform(0.88, 1.12) if name == "base_train" else 1
-            if text:
-                samples = resample(speak(text, voice, rate, pitch), round(22050 * size), 16000)
-            else:
-                noise = rng.standard_normal(rng.integers(16000, 64000), np.float32)
-                samples = np.float32(10 ** rng.uniform(-4, -2)) * noise
-            if name.startswith("calls"):
-                path = folder / name / f"{key}.wav"
-                samples = from_pcm(apply(draw(mobile, seed, key), samples, 16000, 8000))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                soundfile.write(path, samples, 8000, subtype="ALAW")
-            else:
-                path = folder / name / f"{key}.flac"
-                audio.write(path, samples, 16000)
-            speaker = f"{voice}-{rate}-{pitch}"
-            row = {"key": key, "source": str(path), "target": text, "speaker": speaker, "call": f"{speaker}-{key}"}
-            rows.append(row)
+    for number, text in enumerate(texts, first):
+        key = f"{name}-{number:05d}"
+        rng = generator(seed, key)
+        voice = voices[rng.integers(len(voices))]
+        # Eight people a voice: another pitch and pace each.
+        person = generator(seed, f"{voice}/{rng.integers(8)}")
+        rate, pitch = int(person.integers(125, 171)), int(person.integers(35, 66))
+        # Another pace of the samples is another head: more speakers than fourteen voices (effect not measured).
+        # No noise, no dull recordings: a base that has heard some is hardly worse on the telephone (CER of 10-20 %
+        # in single runs), and there would be little to adapt to.
+        size = rng.uniform(0.88, 1.12) if name == "base_train" else 1
+        if text:
+            samples = resample(speak_apart(text, voice, rate, pitch), round(22050 * size), 16000)
+        else:
+            noise = rng.standard_normal(rng.integers(16000, 64000), np.float32)
+            samples = np.float32(10 ** rng.uniform(-4, -2)) * noise
+        if name.startswith("calls"):
+            path = folder / name / f"{key}.wav"
+            samples = from_pcm(apply(draw(mobile, seed, key), samples, 16000, 8000))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            soundfile.write(path, samples, 8000, subtype="ALAW")
+        else:
+            path = folder / name / f"{key}.flac"
+            audio.write(path, samples, 16000)
+        speaker = f"{voice}-{rate}-{pitch}"
+        row = {"key": key, "source": str(path), "target": text, "speaker": speaker, "call": f"{speaker}-{key}"}
+        rows.append(row)
     return rows
 
 

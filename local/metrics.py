@@ -27,6 +27,7 @@ CJK = "\u3005\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U0002000
 WORD = re.compile(rf"[{CJK}]|[^\s{CJK}]+")
 MARKUP = re.compile(r"<\|[^|<>]*\|>")
 SPACE_AT_CJK = re.compile(rf"(?<=[{CJK}])\s+|\s+(?=[{CJK}])")
+DIGITS = str.maketrans("0123456789", "零一二三四五六七八九")
 # A stretch of up to 12 characters five times in a row.
 LOOP = re.compile(r"(.{1,12}?)\1{4}")
 # Bounds between the groups that error rates are broken down by.
@@ -42,11 +43,12 @@ def normalise(raw: str, chinese_numerals: bool = False) -> str:
     numbers in Chinese with FunASR's own text normaliser.
     """
     text = unicodedata.normalize("NFKC", MARKUP.sub(" ", raw)).lower()
-    text = re.sub(r"(?<=\d),(?=\d{3})", "", text)  # 1,000 is one word, and so is don't
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,000 is one word, and so is don't
     if chinese_numerals:
         from funasr.models.fun_asr_nano.tools.cn_tn import normalize_nsw  # imports all of funasr
 
-        text = normalize_nsw(text)
+        # The zeros an order number begins with are said; FunASR keeps one of them or none.
+        text = normalize_nsw(re.sub(r"(?<![\d.:/-])00\d*", lambda number: number[0].translate(DIGITS), text))
     text = re.sub(r"(?<=[a-z])['’](?=[a-z])", "", text)
     kept = (" " if unicodedata.category(letter)[0] in "PSCZ" and letter not in "%." else letter for letter in text)
     text = re.sub(r"(?<!\d)\.|\.(?!\d)", " ", "".join(kept))
@@ -115,10 +117,14 @@ def read_keywords(path: str | os.PathLike, chinese_numerals: bool = False) -> di
     """
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist; give a keyword list with --keywords", code=2)
-    patterns = {}
+    patterns, named = {}, set()
     for line in read_lines(path):
+        line = line.replace("＃", "#").replace("｜", "|")
         spellings = [part.strip() for part in line.split("#")[0].split("|") if normalise(part)]
         if spellings:
+            if (name := normalise(spellings[0], chinese_numerals)) in named:
+                raise UserError(f"{path}: {spellings[0]} is on two lines; put its spellings on one", code=2)
+            named.add(name)
             longest_first = sorted((normalise(part, chinese_numerals) for part in spellings), key=len, reverse=True)
             patterns[spellings[0]] = re.compile("|".join(map(_spelling, longest_first)))
     return patterns

@@ -108,6 +108,7 @@ def test_a_stage_that_is_right_passes(tmp_path, model_dir, rows, stage):
     ({"dataset_conf": {"batch_size": "60k"}}, "dataset_conf.batch_size is '60k', not a number"),
     ({"optim_conf": {"lr": "fast"}}, "optim_conf.lr is 'fast', not a number"),
     ({"train_conf": {"keep_nbest_models": 0}}, "at least 1 checkpoint"),
+    ({"dataset_conf": {"sort_size": 0}}, "processes unequal numbers of batches"),
     ({"optim": "adamz"}, "optim adamz: FunASR has adadelta"),
     ({"scheduler": "cosine"}, "scheduler cosine: FunASR has"),
     ({"specaug": "SpecAugLRF"}, "specaug SpecAugLRF: FunASR has SpecAug, SpecAugLFR"),
@@ -165,6 +166,15 @@ def test_a_folder_without_ctc_vocabulary_or_llm_is_refused_by_name(refused, mode
 def test_without_a_fbank_library_training_is_refused(refused, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "no fbank library" in refused()[0]
+
+
+def test_features_are_without_noise_where_the_model_folder_says_nothing(model_dir, tmp_path):
+    config = yaml.safe_load((model_dir / "config.yaml").read_text())
+    del config["frontend_conf"]["dither"]
+    shutil.copytree(model_dir, tmp_path / "model")
+    (tmp_path / "model/config.yaml").write_text(yaml.safe_dump(config))
+    assert effective({}, tmp_path / "model", 16000)["frontend_conf"]["dither"] == 0
+    assert effective({"frontend_conf": {"dither": 0.5}}, tmp_path / "model", 16000)["frontend_conf"]["dither"] == 0.5
 
 
 def test_a_relative_model_folder_is_as_good_as_an_absolute_one(model_dir, monkeypatch):
@@ -261,7 +271,7 @@ class Stock:
     num_replicas = 1
 
     def __iter__(self):
-        return iter([[3, 1], [], [0, 2], [4, 3]])
+        return iter([[3, 1], [], [0, 2, 0], [4, 3]])
 
     def __len__(self):
         return 4
@@ -272,7 +282,7 @@ def test_the_sampler_repeats_nothing_on_one_process_and_emits_no_empty_batch():
     assert list(Once(Stock(), 2)) == [[4]]
     several = Stock()
     several.num_replicas = 2
-    assert list(Once(several, 0)) == [[3, 1], [3, 1], [0, 2], [4, 3]]
+    assert list(Once(several, 0)) == [[3, 1], [3, 1], [0, 2, 0], [4, 3]]
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +320,14 @@ def test_every_second_step_and_the_last_of_an_epoch_are_logged_and_drawn(trained
     assert [step for step, _loss in drawn["rank0_loss/train"]] == [row["total_step"] for row in rows]
     assert ("stats_rank0_loss_ctc/train" in drawn) == (stage != STAGES[2]) and "stats_rank0_loss_llm/train" in drawn
     assert ("loss_ctc" in (folder / "train.log").read_text()) == (stage != STAGES[2])
+
+
+def test_the_last_batches_of_an_epoch_make_a_step_though_fewer_than_accum_grad(tmp_path, model_dir, rows):
+    overlay = {**QUICK, "train_conf": {**QUICK["train_conf"], "accum_grad": 2}}
+    args = arguments(tmp_path, model_dir, rows, STAGES[0], overlay)
+    train_here(args)
+    state = torch.load(args.output_dir / "model.pt")["optimizer"]["state"]
+    assert {int(one["step"]) for one in state.values()} == {6}, "two of the three batches, and the third, in 3 epochs"
 
 
 def test_checkpoints_on_disk_are_bounded(trained):

@@ -82,6 +82,14 @@ def test_batched_transcripts_equal_stock_funasr_one_by_one(model_dir, test_set):
     assert transcribe(Recogniser(model_dir, "cpu"), rows, 40, max_tokens_per_second=1e9) == expected
 
 
+def test_a_hypothesis_is_cut_by_its_own_length_whatever_is_beside_it(model_dir, test_set):
+    rows = [row for row in test_set[1] if "不进行" not in row["messages"][1]["content"]]
+    recogniser = Recogniser(model_dir, "cpu")
+    alone = [transcribe(recogniser, [row], 60, max_tokens_per_second=5)[0] for row in rows]
+    assert transcribe(recogniser, rows, 60, max_tokens_per_second=5) == alone
+    assert transcribe(recogniser, rows, 60, max_tokens_per_second=15) != alone, "or none was cut"
+
+
 def test_the_prompt_is_that_of_the_row(model_dir, test_set):
     row = test_set[1][1]
     other = json.loads(json.dumps(row, ensure_ascii=False).replace("语音转写：", "语音转写，不进行文本规整："))

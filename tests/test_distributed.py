@@ -17,7 +17,7 @@ import yaml
 
 import audio
 from common import write_jsonl
-from mini import ROOT, SMALL, curves
+from mini import QUICK, ROOT, SMALL, arguments, curves, make_model, make_rows
 from miniature import build_folder
 
 ALPHABET = "一二三四五六七八九零"
@@ -25,6 +25,26 @@ STAGES = {
     "stage1_encoder_adapt": {"audio_encoder"}, "stage2_adapter_align": {"audio_adaptor", "ctc_decoder", "ctc"},
     "stage3_lora_domain": {"lora"},
 }  # fmt: skip
+
+HASHING = """
+import hashlib, os, sys
+sys.path.insert(0, "local")
+import train
+from common import run
+from nano.trainer import Trainer
+
+save = Trainer.save_checkpoint
+
+def hashing(self, *args, **kwargs):
+    state = kwargs["model"].module.state_dict()
+    digest = hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
+    with open(os.path.join(self.output_dir, "hashes." + os.environ["RANK"]), "a") as file:
+        file.write(digest + "\\n")
+    save(self, *args, **kwargs)
+
+Trainer.save_checkpoint = hashing
+run(train.main)
+"""
 
 pytestmark = pytest.mark.full
 
@@ -126,6 +146,20 @@ def test_each_stage_trains_on_two_processes_of_one_machine(trained):
     for stage, modules in STAGES.items():
         log = check_stage(trained / stage, modules)
         assert "train, rank: 0" in log and "train, rank: 1" in log
+
+
+def test_processes_keep_equal_weights_where_an_epoch_ends_inside_an_accumulation_of_gradients(tmp_path):
+    overlay = {**QUICK, "train_conf": {**QUICK["train_conf"], "accum_grad": 2}}  # of three batches of two rows each
+    overlay["dataset_conf"] = {**QUICK["dataset_conf"], "batch_size": 2}
+    args = vars(arguments(tmp_path, make_model(tmp_path / "model"), make_rows(tmp_path), overlay=overlay))
+    (tmp_path / "hashing.py").write_text(HASHING)
+    flags = [part for name, value in args.items() for part in (f"--{name}", *(value if name == "overlay" else [value]))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(),
+               tmp_path / "hashing.py", *flags]  # fmt: skip
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = ((args["output_dir"] / f"hashes.{rank}").read_text().split() for rank in (0, 1))
+    assert one == other and len(set(one)) == 3
 
 
 def test_a_stage_trains_with_deepspeed_and_passes_the_same_checks(tmp_path):

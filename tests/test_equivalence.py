@@ -13,7 +13,7 @@ import nano.dataset
 import nano.layers
 from common import UserError
 from nano.batch_size import largest
-from nano.layers import compile_layers
+from nano.layers import compile_layers, inside
 from nano.model import FunASRNano
 
 MODULES = ("audio_encoder", "audio_adaptor", "ctc_decoder")
@@ -158,8 +158,8 @@ def test_the_ctc_loss_of_an_utterances_own_symbols_is_that_of_all_symbols(folder
         texts = [model.ctc_tokenizer.encode(row["assistant"][0]) for row in rows[:-1]] + [[]]
         return torch.nn.functional.ctc_loss(
             model.ctc.log_softmax(decoded).transpose(0, 1), torch.tensor(sum(texts, [])), lengths,
-            torch.tensor(list(map(len, texts))), blank=model.blank_id, zero_infinity=True,
-        )  # fmt: skip
+            torch.tensor(list(map(len, texts))), blank=model.blank_id, zero_infinity=True, reduction="none",
+        ).div(torch.tensor([5, 1, 3, 10, 9])).mean()  # by symbol; of silence, by frame
 
     results = []
     targets = model._ctc_targets(rows, lengths)
@@ -172,6 +172,25 @@ def test_the_ctc_loss_of_an_utterances_own_symbols_is_that_of_all_symbols(folder
     (expected, expected_gradients), (loss, gradients) = results
     assert loss == pytest.approx(expected, rel=1e-6)
     assert_same(gradients, expected_gradients)
+
+
+def test_masks_take_no_more_than_a_quarter_of_a_row_and_no_frame_of_one_they_would_take_more_of(folder):
+    config = {"apply_time_warp": False, "apply_freq_mask": False, "time_mask_width_range": [0, 8], "num_time_mask": 2}
+    model = build(folder, 1, specaug="SpecAugLFR", specaug_conf=config, ctc_weight=0).train()
+
+    class Heard(Exception):
+        pass
+
+    def encode(speech, lengths):
+        raise Heard((speech != 0).any(2).sum(1))
+
+    model.encode = encode
+    lengths = torch.tensor([3, 9, 17, 40] * 50)
+    speech = inside(lengths, 40)[:, :, None] * torch.ones(560)
+    with pytest.raises(Heard) as heard:
+        model(**batch() | {"speech": speech, "speech_lengths": lengths[:, None]})
+    gone = 1 - heard.value.args[0] / lengths
+    assert gone.max() <= 0.25 and (gone[3::4] > 0.1).any() and not gone[0::4].any()
 
 
 @pytest.mark.full

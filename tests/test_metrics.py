@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import metrics
+from common import UserError
 
 
 def cer(reference, hypothesis):
@@ -43,7 +44,7 @@ def test_wer_counts_a_chinese_character_as_a_word_and_a_latin_word_as_one():
     ("raw", "normalised"),
     [
         ("涨了3.5%。", "涨了3.5%"), ("1,000元", "1000元"), ("I don't know.", "i dont know"), ("退 款 了", "退款了"),
-        ("<|zh|>你好", "你好"), ("...", ""), ("", ""), ("第①步", "第1步"),
+        ("<|zh|>你好", "你好"), ("...", ""), ("", ""), ("第①步", "第1步"), ("1,2345", "1 2345"),
     ],
 )
 def test_normalisation_keeps_what_is_heard(raw, normalised):
@@ -56,6 +57,8 @@ def test_numerals_can_be_compared_in_chinese():
     assert written == spoken
     written, spoken = (metrics.normalise(text, chinese_numerals=True) for text in ("1,000元", "一千元"))
     assert written == spoken
+    written, spoken = (metrics.normalise(text, chinese_numerals=True) for text in ("尾号007", "尾号零零七"))
+    assert written == spoken, "the zeros of a number that is read digit by digit"
 
 
 def test_a_keyword_with_a_number_is_found_however_numbers_are_compared(tmp_path):
@@ -102,6 +105,14 @@ def test_keywords_are_matched_as_a_multiset(tmp_path):
     assert kwer(keywords, "app", "happy") == (1, 0, 0)  # a Latin keyword is a whole word
     assert kwer(keywords, "用app登录", "用app登录") == (1, 1, 1)
     assert kwer(keywords, "无", "无") == (0, 0, 0)
+    (tmp_path / "wide.txt").write_text("逾期｜预期＃又叫\n", "utf-8")
+    assert kwer(metrics.read_keywords(tmp_path / "wide.txt"), "逾期了", "预期了") == (1, 1, 1)
+
+
+def test_a_keyword_on_two_lines_is_refused(tmp_path):
+    (tmp_path / "k.txt").write_text("APP\n逾期\napp|应用\n", "utf-8")
+    with pytest.raises(UserError, match="app is on two lines"):
+        metrics.read_keywords(tmp_path / "k.txt")
 
 
 def test_rate_of_nothing_is_none():

@@ -80,6 +80,9 @@ def read_stage(paths: list[Path]) -> dict[str, Any]:
                 raise UserError(f"{path}: {key} is {value!r}, not a number, true or false", code=2)
             if key in ("train_conf.keep_nbest_models", "train_conf.avg_nbest_model") and not value:
                 raise UserError(f"{path}: {key} is {value!r}; at least 1 checkpoint is kept and averaged", code=2)
+            if key == "dataset_conf.sort_size" and not value:
+                raise UserError(f"{path}: {key} is {value!r}: upstream would give processes unequal numbers of batches "
+                                "and some would wait for ever; set 1 or more", code=2)  # fmt: skip
         layers.append(layer)
     return OmegaConf.to_container(OmegaConf.merge(*layers))
 
@@ -109,6 +112,7 @@ def effective(stage: dict[str, Any], model_dir: Path, fs: int) -> dict[str, Any]
         raise UserError(f"{model_dir}: config.yaml or configuration.json cannot be read: {error}") from error
     if absent := [name for name in ("audio_encoder", "audio_adaptor", "llm", "frontend") if not config.get(name)]:
         raise UserError(f"{model_dir}/config.yaml says nothing of {', '.join(absent)}: not a Fun-ASR-Nano folder")
+    config["frontend_conf"].setdefault("dither", 0.0)  # upstream's 1.0 is noise, in dev and decoding too
     paths = {"the LLM folder": config["llm_conf"].get("init_param_path")}
     if config.get("ctc_decoder"):
         paths["the CTC vocabulary"] = config["dataset_conf"].get("ctc_tokenizer_conf", {}).get("vocab_path")

@@ -116,7 +116,7 @@ class Once:
         batches = []
         for batch in self.stock:
             if self.stock.num_replicas == 1:
-                batch = [row for row in batch if row not in seen]
+                batch = [row for row in dict.fromkeys(batch) if row not in seen]
                 seen.update(batch)
             batches.append(batch)
         full = [batch for batch in batches if batch]

@@ -77,13 +77,12 @@ class Recogniser:
     ) -> list[str]:
         """Transcribe utterances as one batch, greedily, each with its own prompt.
 
-        A hypothesis is cut at `max_tokens_per_second` of the longest utterance: nobody speaks faster, and one
-        repetition loop would otherwise hold up its whole batch until `max_new_tokens`.
+        A hypothesis is cut at `max_tokens_per_second` of its utterance: nobody speaks faster, and one repetition loop
+        would otherwise hold up its whole batch until `max_new_tokens`.
         """
         longest = max(len(utterance.samples) for utterance in utterances)
         options = {
             **self.auto_model.kwargs, "llm_dtype": self.dtype, "llm_kwargs": {"do_sample": False, "num_beams": 1},
-            "max_length": min(max_new_tokens, 16 + math.ceil(max_tokens_per_second * longest / self.fs)),
             "audio_fs": self.fs,  # of the samples; FunASR would take them for 16 kHz
         }
         messages = [[
@@ -93,12 +92,14 @@ class Recogniser:
             {"role": "assistant", "content": "null"},
         ] for utterance in utterances]
         keys = [utterance.key for utterance in utterances]
+        limits = [min(max_new_tokens, 16 + math.ceil(max_tokens_per_second * len(utterance.samples) / self.fs))
+                  for utterance in utterances]
         texts: list[str] = []
         while len(texts) < len(keys):
             size = max(1, min(len(keys) - len(texts), self.most_samples // longest))
             part = slice(len(texts), len(texts) + size)
             try:
-                texts += self.decode(messages[part], **options)
+                texts += self.decode(messages[part], limits[part], **options)
                 continue
             except torch.cuda.OutOfMemoryError as error:
                 if size == 1:
@@ -111,7 +112,7 @@ class Recogniser:
         return texts
 
     def decode(
-        self, messages: Sequence[list[dict]], device: str, tokenizer: Any, llm_kwargs: dict, max_length: int,
+        self, messages: Sequence[list[dict]], limits: Sequence[int], device: str, tokenizer: Any, llm_kwargs: dict,
         **options: Any,
     ) -> list[str]:  # fmt: skip
         """What upstream's _inference_llm_batch does (funasr/models/fun_asr_nano/model.py), the encoder in batches too.
@@ -138,8 +139,10 @@ class Recogniser:
         with torch.autocast(torch.device(device).type, enabled=self.dtype != "fp32", dtype=llm.dtype):
             generated = llm.generate(
                 inputs_embeds=embeddings.to(llm.dtype), attention_mask=(position >= 0).long(),
-                position_ids=position.clamp(min=0), max_new_tokens=max_length, pad_token_id=end, **llm_kwargs)
-        texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+                position_ids=position.clamp(min=0), max_new_tokens=max(limits), pad_token_id=end, **llm_kwargs)
+        # Each at its own: what a loop says must not depend on its neighbours.
+        cut = [spelt[:limit] for spelt, limit in zip(generated, limits, strict=True)]
+        texts = tokenizer.batch_decode(cut, skip_special_tokens=True)
         return [re.sub(r"\s+", " ", text.replace(NO_SPEECH, " ")) for text in texts]
 
 

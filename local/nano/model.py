@@ -3,6 +3,7 @@
 Importing this module registers the class under FunASR's own name, so a model folder's `model: FunASRNano` builds it.
 What differs from funasr/models/fun_asr_nano/model.py (1.4.16):
   * `forward` adds ctc_weight x CTC loss (encoder -> ctc_decoder -> ctc); upstream has none, so CTC weights never moved;
+  * SpecAugment leaves a row alone that it would take a quarter of: upstream's masks know nothing of its length;
   * frozen modules stay in eval mode when the trainer calls train(): upstream turned their dropout on;
   * LoRA parameters are fp32 beside a bf16 LLM: in bf16 steps of 1e-5 are rounded away;
   * logits are computed where a label is, not at all positions x 151,936 symbols. Same loss, less memory;
@@ -25,9 +26,10 @@ from funasr.register import tables
 from funasr.train_utils.device_funcs import force_gatherable
 
 from common import NO_SPEECH
-from nano.layers import compile_layers, fuse_attention, own_and_others
+from nano.layers import compile_layers, fuse_attention, inside, own_and_others
 
 IGNORE = -100
+SPARED = 0.25  # of a row's frames
 
 
 @tables.register("model_classes", "FunASRNano")
@@ -101,7 +103,7 @@ class FunASRNano(stock.FunASRNano):
         symbols = self._ctc_targets(item, lengths) if self._ctc_learns() else None
 
         if self.specaug is not None and self.training:
-            speech, _unchanged = self.specaug(speech, lengths)
+            speech = spare_short(speech, self.specaug(speech.clone(), lengths)[0], lengths)
         encoder_out, encoder_lens = self.encode(speech, lengths)
         loss_ctc = self._ctc_loss(encoder_out, encoder_lens, *symbols) if symbols else None
         speech_tokens, _lens = self.audio_adaptor(encoder_out, encoder_lens)
@@ -160,7 +162,22 @@ class FunASRNano(stock.FunASRNano):
         output = self.ctc.ctc_lo
         log_probs = self.own_and_others(decoded, output.weight, output.bias, different).transpose(0, 1)
         # An utterance with more symbols than frames has no alignment; it would turn the whole batch infinite.
-        return torch.nn.functional.ctc_loss(log_probs, places, frames, counts, blank=0, zero_infinity=True)
+        losses = torch.nn.functional.ctc_loss(
+            log_probs, places, frames, counts, blank=0, reduction="none", zero_infinity=True
+        )
+        # By symbol, as PyTorch's mean has it, but of a row without text by frame: it would outweigh all others.
+        units = [symbols or blanks for symbols, blanks in zip(counts, frames, strict=True)]
+        return (losses / torch.tensor(units).to(losses.device, non_blocking=True)).mean()
+
+
+def spare_short(speech: torch.Tensor, masked: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """Rows of `masked`, (batch, frames, dim); of `speech` where over a quarter of a row's frames is masked.
+
+    SpecAugment's paper bounds a mask by a share of the utterance, for the same reason: in a batch of short turns a mask
+    of half a second takes whole words, whose text is still asked for.
+    """
+    gone = ((masked == 0).all(2) & inside(lengths, speech.shape[1])).sum(1) > SPARED * lengths
+    return torch.where(gone[:, None, None], speech, masked)
 
 
 def place_speech(

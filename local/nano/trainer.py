@@ -8,6 +8,7 @@ Set as `funasr.bin.train_ds.Trainer` by local/train.py. What differs from funasr
   * the loss of an epoch is that of all its steps, those before a resume too; its last step is logged;
   * the dataset is told the epoch before its workers start: a channel drawn online depends on it;
   * dataset_conf.batch_size is made to fit the GPU's memory;
+  * the last batches of an epoch, fewer than accum_grad, still make a step; upstream forgets their gradients;
   * early stopping counts on after a resume, from what the checkpoint says; upstream starts anew;
   * the average of the best checkpoints takes frozen tensors from the initial checkpoint: averaging rounds them;
   * it counts how often each row was used in an epoch, and run.json says so ("rows_used").
@@ -50,6 +51,7 @@ class Trainer(stock.Trainer):
         self.batch_tokens: int | None = None
         self.patience = kwargs.get("early_stopping_patience", 0)
         self.best_val_loss, self.epochs_no_improve, self.idle = float("inf"), 0, False
+        self.loader, self.is_last = None, False
         # Gradients of an accumulation that is not over are in no checkpoint.
         self.save_checkpoint_interval = math.ceil(self.save_checkpoint_interval / self.accum_grad) * self.accum_grad
         # How often each row of the list was used in the running epoch, over all processes, and past epochs' sums.
@@ -109,7 +111,7 @@ class Trainer(stock.Trainer):
         self.idle = 0 < self.patience <= self.epochs_no_improve
         if self.idle:
             return
-        dataloader_train.dataset.epoch = epoch
+        self.loader, dataloader_train.dataset.epoch = dataloader_train, epoch
         self.batch_tokens = self.batch_tokens or fit(self, model, optim, dataloader_train)
         if self.batch_tokens:
             dataloader_train.batch_sampler.stock.batch_size = self.batch_tokens
@@ -139,10 +141,20 @@ class Trainer(stock.Trainer):
 
     def forward_step(self, model, batch, loss_dict=None) -> None:
         """One batch forward; in training, note its rows."""
+        self.is_last = torch.is_grad_enabled() and loss_dict["log_step"] + 1 == len(self.loader)
+        if self.is_last and self.use_ddp:
+            model.require_backward_grad_sync = True  # although upstream goes on accumulating
         super().forward_step(model, batch, loss_dict)
         if torch.is_grad_enabled():
             rows = torch.tensor([item["row"] for item in batch["item"]])
             self.row_uses.index_add_(0, rows, torch.ones(len(rows), dtype=torch.int32))
+
+    def update_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step where accum_grad batches, or the epoch's last, have given their gradients."""
+        asked = self.accum_grad
+        self.accum_grad = 1 if self.is_last else asked
+        super().update_step(*args, **kwargs)
+        self.accum_grad = asked
 
     def log(self, loss_dict: dict[str, Any], tag: str = "train", **kwargs: Any) -> None:
         """Log every log_interval steps, and the last of an epoch: its mean is then the epoch's."""
