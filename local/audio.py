@@ -5,7 +5,6 @@ G.726, M4A ...), then SoX where it is installed (NIST SPHERE with shorten, odd h
 Files are named by their key, so that two keys never share a file and none leaves its folder.
 """
 
-import contextlib
 import functools
 import hashlib
 import io
@@ -14,11 +13,12 @@ import os
 import re
 import shutil
 import subprocess
-import wave
 from typing import NamedTuple
 
 import numpy as np
 import soundfile
+
+from common import atomic_write
 
 SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 UNKNOWN_LENGTH = 1 << 40  # libsndfile's frame count of a streamed FLAC, whose header has no length, is far above
@@ -62,26 +62,10 @@ def write(path: str | os.PathLike, samples: np.ndarray, rate: int) -> None:
 
     The name appears when the file is whole.
     """
-    folder, name = os.path.split(path)
-    plain = samples.dtype == np.int16 and name.endswith(".wav")
-    encoded = io.BytesIO()
-    if not plain:  # encoded in memory: libsndfile does not say that the disk is full, Python's own write does
-        soundfile.write(encoded, samples, rate, subtype="PCM_16", format=name.rsplit(".", 1)[1].upper())
-    os.makedirs(folder, exist_ok=True)
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            if plain:  # the same bytes in a tenth of the time
-                with wave.open(file, "wb") as wav:
-                    wav.setparams((1, 2, rate, samples.size, "NONE", ""))
-                    wav.writeframes(samples)
-            else:
-                file.write(encoded.getbuffer())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):  # a folder that cannot be written to has no file to remove
-            os.unlink(temporary)
-        raise
+    encoded = io.BytesIO()  # libsndfile does not say that the disk is full, Python's own write does
+    soundfile.write(encoded, samples, rate, subtype="PCM_16", format=os.path.splitext(path)[1][1:].upper())
+    with atomic_write(path, "wb", sync=False) as file:
+        file.write(encoded.getbuffer())
 
 
 class Length(NamedTuple):

@@ -61,8 +61,11 @@ def run(main: Callable[[], None]) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[TextIO]:
-    """Open a temporary file beside `path` that takes its name only when the block ends without an error."""
+def atomic_write(path: str | os.PathLike, mode: str = "w", sync: bool = True) -> Iterator[TextIO]:
+    """Open a temporary file beside `path` that takes its name only when the block ends without an error.
+
+    Without `sync` a power failure may leave it empty: for small files by the million, which are read again.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # No process number: machines that train together write the same lists, and in containers all have the same numbers.
@@ -70,8 +73,9 @@ def atomic_write(path: str | os.PathLike, mode: str = "w") -> Iterator[TextIO]:
     try:
         with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
