@@ -247,23 +247,15 @@ class Ledger:
         self.reasons: Counter[str] = Counter()
 
     def add(self, entry: Entry) -> None:
-        """Write an entry to the side it belongs to."""
-        if entry.row is None:
-            self.reject(entry.given, entry.reason, entry.detail)
+        """Write an entry's row, or why it has none: key, reason code, detail and what was given."""
+        row, given = entry.row, entry.given
+        if row is None:
+            key = given.get("key") if isinstance(given, dict) else None
+            row = {"key": key, "reason": entry.reason, "detail": entry.detail, "row": given}
+            self.reasons[entry.reason] += 1
         else:
-            self.keep(entry.row)
-
-    def keep(self, row: dict[str, Any]) -> None:
-        """Write a row to the output."""
-        self.files[0].write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.kept += 1
-
-    def reject(self, given: Any, reason: str, detail: str) -> None:
-        """Write a reject row: key, reason code, detail and what was given."""
-        key = given.get("key") if isinstance(given, dict) else None
-        row = {"key": key, "reason": reason, "detail": detail, "row": given}
-        self.files[1].write(json.dumps(row, ensure_ascii=False) + "\n")
-        self.reasons[reason] += 1
+            self.kept += 1
+        self.files[entry.row is None].write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager

@@ -83,6 +83,8 @@ def get_args(command: list[str] | None = None) -> argparse.Namespace:
 
 def simulate_row(row: dict[str, Any], job: Job) -> dict[str, Any]:
     """Simulate one utterance and write its audio; return the output row. Raises audio.AudioError."""
+    if key_hash(row["key"]) in job["duplicates"]:
+        raise audio.AudioError("duplicate_key", "another row has this key")
     plan = draw(job["config"], job["seed"], row["key"], job["epoch"])
     path = f"{job['audio_dir']}/{key_hash(row['key']) >> 56:02x}/{audio.file_name(row['key'], job['suffix'])}"
     out = {name: value for name, value in row.items() if name not in ("channel", "start", "end", "probe")}
@@ -132,23 +134,21 @@ def simulate_part(job: Job, numbered: tuple[int, list[Entry]]) -> str:
     identity = hashlib.sha256(json.dumps([job["identity"], entries, stamps]).encode()).hexdigest()
     if part.is_file():
         done = json.loads(part.read_text(encoding="utf-8"))
-        if done["identity"] == identity and done["sizes"] == [_stamp(row["source"])[0] for row in done["rows"]]:
+        same = done["identity"] == identity
+        if same and done["sizes"] == [_stamp(row["source"])[0] for _, row, *_ in done["entries"] if row]:
             return str(part)
         part.unlink()
-    rows, rejected = [], []
+    done = []
     for entry in entries:
-        try:
-            if entry.row is None:
-                raise audio.AudioError(entry.reason, entry.detail)
-            if key_hash(entry.row["key"]) in job["duplicates"]:
-                raise audio.AudioError("duplicate_key", "another row has this key")
-            rows.append(simulate_row(entry.row, job))
-        except audio.AudioError as error:
-            rejected.append([entry.given, error.reason, str(error)])
-    sizes = [_stamp(row["source"])[0] for row in rows]
-    with atomic_write(part) as file:
-        done = {"identity": identity, "rows": rows, "sizes": sizes, "rejected": rejected}
-        file.write(json.dumps(done, ensure_ascii=False))  # json.dump is many times slower
+        if entry.row:
+            try:
+                entry = Entry(None, simulate_row(entry.row, job))
+            except audio.AudioError as error:
+                entry = Entry(entry.given, None, error.reason, str(error))
+        done.append(entry)
+    sizes = [_stamp(entry.row["source"])[0] for entry in done if entry.row]
+    with atomic_write(part) as file:  # json.dump is many times slower
+        file.write(json.dumps({"identity": identity, "entries": done, "sizes": sizes}, ensure_ascii=False))
     return str(part)
 
 
@@ -235,7 +235,7 @@ def make_job(args: argparse.Namespace) -> Job:
     if args.online:
         job["online"] = os.path.abspath(args.output.with_name(f"channel_{args.output.stem}.json"))
         write_json(job["online"], {name: job[name] for name in ("config", "seed", "output_fs", "pool", "noises")})
-    code = [file_hash(path) for path in sorted(Path(__file__).parent.glob("telephone/*.py"))]
+    code = [file_hash(path) for path in [__file__, *sorted(Path(__file__).parent.glob("telephone/*.py"))]]
     libraries = [metadata.version(name) for name in ("av", "numpy", "scipy", "soundfile", "soxr")]
     job["identity"] = hashlib.sha256(json.dumps([job, code, libraries]).encode()).hexdigest()
     return job
@@ -251,11 +251,8 @@ def simulate(args: argparse.Namespace, job: Job) -> None:
     with open_ledger(args.output, args.max_reject_ratio) as ledger:
         parts = parallel(work, tasks, args.num_workers, args.dask_scheduler, batch_size=1)
         for part in progress(parts, -(-job["count"] // size), f"simulating, {size} rows each"):
-            done = json.loads(Path(part).read_text(encoding="utf-8"))
-            for row in done["rows"]:
-                ledger.keep(row)
-            for given, reason, detail in done["rejected"]:
-                ledger.reject(given, reason, detail)
+            for entry in json.loads(Path(part).read_text(encoding="utf-8"))["entries"]:
+                ledger.add(Entry(*entry))
 
 
 def main() -> None:
