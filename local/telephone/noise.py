@@ -45,8 +45,6 @@ def active_level(samples: np.ndarray, fs: int) -> float:
     block = max(1, round(fs * block_s))
     whole = samples[: samples.size // block * block].reshape(-1, block)
     energy = np.einsum("ij,ij->i", whole, whole).astype(np.float64)
-    if whole.size == 0 or energy.sum() <= 0:
-        return rms_level(samples)
     keep = math.exp(-block_s / 0.03)
     envelope = np.einsum("ij->i", np.abs(whole)).astype(np.float64) / block
     envelope = lfilter([(1 - keep) ** 2], [1, -2 * keep, keep * keep], envelope)

@@ -29,8 +29,6 @@ def resample_counted(samples: np.ndarray, fs_in: int, fs_out: int) -> tuple[np.n
         return samples, 0
     wanted = round(samples.size * fs_out / fs_in)
     out = soxr.resample(samples, fs_in, fs_out, quality="HQ")[:wanted]
-    if out.size < wanted:
-        out = np.pad(out, (0, wanted - out.size))
     peak = max(float(out.max(initial=0.0)), -float(out.min(initial=0.0)))
     if peak < 1.0:
         return out, 0
