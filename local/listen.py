@@ -85,19 +85,16 @@ def utterances(path: Path) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
 
 def shown(samples: np.ndarray) -> dict[str, str]:
     """A sound and its spectrogram as data URIs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # slow to import
 
     sound, picture = io.BytesIO(), io.BytesIO()
     soundfile.write(sound, samples, FS, format="FLAC", subtype="PCM_16")
-    figure, axes = pyplot.subplots(figsize=(6, 2.2), layout="constrained")
+    figure = Figure(figsize=(6, 2.2), layout="constrained")
+    axes = figure.subplots()
     faint = 1e-5 * np.random.default_rng(0).standard_normal(samples.size)  # the logarithm of nothing is no number
     axes.specgram(samples + faint, NFFT=512, Fs=FS, noverlap=384, vmin=-120, vmax=-40, cmap="magma")
     axes.set(xlabel="s", ylabel="Hz")
     figure.savefig(picture, format="png", dpi=80, metadata={"Software": None})
-    pyplot.close(figure)
     data = {"sound": ("audio/flac", sound), "picture": ("image/png", picture)}
     return {n: f"data:{kind};base64,{base64.b64encode(file.getvalue()).decode()}" for n, (kind, file) in data.items()}
 

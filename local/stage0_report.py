@@ -186,12 +186,10 @@ def estimate(source: str, rows: int, sample: list[Part], seconds_per_hour: float
 
 def draw(parts: Iterable[Part], picture: Path) -> None:
     """Draw the histograms of length (all rows) and level (a sample of each part)."""
-    import matplotlib
+    from matplotlib.figure import Figure  # slow to import
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
     for part in parts:
         files = [audio_path(row) for row in progress(part.sample, len(part.sample), f"levels {part.name}")]
         levels = [audio.rms_level(audio.read(path)[0].astype(np.float64)) for path in files]
@@ -203,7 +201,6 @@ def draw(parts: Iterable[Part], picture: Path) -> None:
     axes[0].legend(fontsize="small")
     with atomic_write(picture, "wb") as file:
         figure.savefig(file, format="png", metadata={"Software": None})
-    pyplot.close(figure)
 
 
 def table(head: str, rows: Iterable[Iterable[Any]]) -> str:
