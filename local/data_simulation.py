@@ -33,7 +33,7 @@ import numpy as np
 
 import audio
 from common import UserError, atomic_write, batches, file_hash, parallel, progress, run, write_json, write_jsonl
-from corpus import Entry, check_row, count_rows, open_ledger, read_rows, segment
+from corpus import Entry, check_row, count_rows, hash_share, open_ledger, read_rows, segment, unique
 from telephone import filters, noise
 from telephone.channel import apply, draw, load_config
 from telephone.resample import resample
@@ -83,10 +83,8 @@ def get_args(command: list[str] | None = None) -> argparse.Namespace:
 
 def simulate_row(row: dict[str, Any], job: Job) -> dict[str, Any]:
     """Simulate one utterance and write its audio; return the output row. Raises audio.AudioError."""
-    if key_hash(row["key"]) in job["duplicates"]:
-        raise audio.AudioError("duplicate_key", "another row has this key")
     plan = draw(job["config"], job["seed"], row["key"], job["epoch"])
-    path = f"{job['audio_dir']}/{key_hash(row['key']) >> 56:02x}/{audio.file_name(row['key'], job['suffix'])}"
+    path = f"{job['audio_dir']}/{int(256 * hash_share(row['key'])):02x}/{audio.file_name(row['key'], job['suffix'])}"
     out = {name: value for name, value in row.items() if name not in ("channel", "start", "end", "probe")}
     if "probe" in row:
         samples, fs = noise.render_probe(row["probe"], plan), 8000
@@ -169,11 +167,6 @@ def _stamp(path: str) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
-def key_hash(key: str) -> int:
-    """64 bits of a key, the same everywhere: for an order by chance, and to see duplicates in little memory."""
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
-
-
 def read_entries(args: argparse.Namespace) -> Iterator[Entry]:
     """The rows of the input, or those of calls without speech."""
     if args.no_speech_probe:
@@ -193,7 +186,7 @@ def babble_pool(entries: Iterator[Entry]) -> list[noise.Recording]:
     """The utterances babble is made of: those of the lowest hashes that hold speech."""
     given = (entry.row for entry in entries if entry.row and "source" in entry.row)
     wideband = (row for row in given if not isinstance(row.get("channel"), dict))
-    first = heapq.nsmallest(POOL + POOL // 2, wideband, key=lambda row: key_hash(f"babble {row['key']}"))
+    first = heapq.nsmallest(POOL + POOL // 2, wideband, key=lambda row: hash_share(f"babble {row['key']}"))
     first = progress(first, len(first), "listening for voices that babble can be made of")
     voices = (noise.Recording(*(row.get(name) for name in noise.Recording._fields)) for row in first)
     return list(itertools.islice(filter(_is_voice, voices), POOL))
@@ -217,9 +210,6 @@ def make_job(args: argparse.Namespace) -> Job:
     count = args.no_speech_probe or count_rows(args.input)
     if count == 0:
         raise UserError(f"--input {args.input} has no rows", code=1)
-    entries = progress(read_entries(args), count, "reading keys")
-    hashes = (key_hash(entry.row["key"]) for entry in entries if entry.row)
-    values, times = np.unique(np.fromiter(hashes, np.uint64), return_counts=True)
     pool = babble_pool(progress(read_entries(args), count, "choosing voices"))
     if pool:
         rows = ({name: value for name, value in voice._asdict().items() if value is not None} for voice in pool)
@@ -227,8 +217,7 @@ def make_job(args: argparse.Namespace) -> Job:
     job: Job = {
         "config": load(own_noise=bool(noises), no_babble=len(pool) < 2),
         "seed": args.seed, "epoch": args.epoch, "output_fs": args.output_fs, "online": None,
-        "suffix": f".{args.audio_format}", "count": count, "duplicates": values[times > 1].tolist(),
-        "pool": pool, "noises": noises,
+        "suffix": f".{args.audio_format}", "count": count, "pool": pool, "noises": noises,
         "audio_dir": os.path.abspath(args.output_audio_dir / args.output.stem),
         "parts": os.path.abspath(args.output.with_name(f".{args.output.stem}.parts")),
     }  # fmt: skip
@@ -246,7 +235,7 @@ def simulate(args: argparse.Namespace, job: Job) -> None:
     for stale in [*Path(job["audio_dir"]).glob("*/.*.tmp"), *Path(job["parts"]).glob(".*.tmp")]:
         stale.unlink(missing_ok=True)  # what a killed run left half-written
     size = min(max(job["count"] // 2000, 8), 64)  # rows a killed run may do twice
-    tasks = enumerate(batches(read_entries(args), size))
+    tasks = enumerate(batches(unique(read_entries(args)), size))
     work = functools.partial(simulate_part, job)
     with open_ledger(args.output, args.max_reject_ratio) as ledger:
         parts = parallel(work, tasks, args.num_workers, args.dask_scheduler, batch_size=1)

@@ -193,7 +193,7 @@ def test_every_kind_of_bad_input_is_rejected_by_name(corpus):
     assert {row["key"]: row["reason"] for row in rejected} == {k: v for k, v in wanted.items() if v}
     assert all(row["detail"] and row["row"] for row in rejected)
     kept = rows(corpus / "bad_out/sim.jsonl")
-    assert [row["key"] for row in kept] == ["96k.wav", "51.wav"] and len(kept) + len(rejected) == len(lines)
+    assert [row["key"] for row in kept] == ["96k.wav", "51.wav", "twice"] and len(kept) + len(rejected) == len(lines)
     assert soundfile.info(kept[0]["source"]).frames == 16000
     failed = simulate(corpus, manifest="bad.jsonl", output="bad_out")
     assert_one_line(failed, 1, "--max_reject_ratio")
