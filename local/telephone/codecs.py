@@ -36,25 +36,22 @@ class Codec(NamedTuple):
     loses: bool = False
 
 
-def g711_tables(law: str) -> tuple[np.ndarray, np.ndarray]:
-    """(code of each 16-bit value indexed as uint16, 16-bit value of each code), from libsndfile's G.711."""
-    form = {"format": "RAW", "subtype": law.upper()}
+def _libsndfile(pcm: np.ndarray, subtype: str) -> np.ndarray:
     file = io.BytesIO()
-    soundfile.write(file, np.arange(65536, dtype=np.uint16).view(np.int16), 8000, **form)
-    codes = io.BytesIO(bytes(range(256)))
-    decoded = soundfile.read(codes, dtype="int16", samplerate=8000, channels=1, **form)[0]
-    return np.frombuffer(file.getvalue(), np.uint8), decoded
+    soundfile.write(file, pcm, 8000, format="WAV", subtype=subtype)
+    file.seek(0)
+    return soundfile.read(file, dtype="int16")[0]
 
 
 @functools.lru_cache
-def _g711_round_trip(law: str) -> np.ndarray:
-    encoder, decoder = g711_tables(law)
-    return decoder[encoder]
+def _g711_table(law: str) -> np.ndarray:
+    """What a round trip makes of each 16-bit value, indexed as uint16."""
+    return _libsndfile(np.arange(65536, dtype=np.uint16).view(np.int16), law.upper())
 
 
 def g711(pcm: np.ndarray, law: str) -> np.ndarray:
     """A-law ("alaw") or mu-law ("ulaw") round trip."""
-    return _g711_round_trip(law).take(pcm.view(np.uint16))
+    return _g711_table(law).take(pcm.view(np.uint16))
 
 
 def to_pcm(samples: np.ndarray) -> np.ndarray:
@@ -119,13 +116,6 @@ def _mp3(pcm: np.ndarray, kbps: float) -> np.ndarray:
     return _decode("mp3", _encode("libmp3lame", pcm, 8000, kbps, compression_level="7")[0], 8000)
 
 
-def _gsm_fr(pcm: np.ndarray) -> np.ndarray:
-    file = io.BytesIO()
-    soundfile.write(file, pcm, 8000, format="WAV", subtype="GSM610")
-    file.seek(0)
-    return soundfile.read(file, dtype="int16")[0]
-
-
 def _encode(name: str, pcm: np.ndarray, fs: int, kbps: float, **options: str) -> tuple[list[av.Packet], bytes | None]:
     """The packets of an ffmpeg encoder, and its header where it has one."""
     encoder = av.CodecContext.create(name, "w")
@@ -154,7 +144,7 @@ def _decode(name: str, packets: list[av.Packet], fs: int, header: bytes | None =
 CODECS: dict[str, Codec] = {
     "g711_alaw": Codec(lambda pcm: g711(pcm, "alaw")),
     "g711_ulaw": Codec(lambda pcm: g711(pcm, "ulaw")),
-    "gsm_fr": Codec(_gsm_fr),
+    "gsm_fr": Codec(lambda pcm: _libsndfile(pcm, "GSM610")),
     "amr_nb": Codec(_amr_nb, loses=True),
     "opus_nb": Codec(_opus_nb),
     "g726": Codec(_g726),
