@@ -208,6 +208,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    import prepare_training_data  # workers find functions by the name of their module
-
-    run(prepare_training_data.main)
+    run(main)
