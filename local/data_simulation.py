@@ -188,7 +188,7 @@ def babble_pool(entries: Iterator[Entry]) -> list[noise.Recording]:
     wideband = (row for row in given if not isinstance(row.get("channel"), dict))
     first = heapq.nsmallest(POOL + POOL // 2, wideband, key=lambda row: hash_share(f"babble {row['key']}"))
     first = progress(first, len(first), "listening for voices that babble can be made of")
-    voices = (noise.Recording(*(row.get(name) for name in noise.Recording._fields)) for row in first)
+    voices = (noise.Recording(row["key"], row["source"], **segment(row)) for row in first)
     return list(itertools.islice(filter(_is_voice, voices), POOL))
 
 

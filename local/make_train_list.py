@@ -12,20 +12,20 @@ The dev list holds telephone speech only: it ranks checkpoints by what is to be 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from common import UserError, read_jsonl, run, write_jsonl
+from corpus import hash_share
 
 SHORTEST = 10  # frames: FunASR's min_source_length
 
 
 def order(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
     """Rows in an order that depends on (seed, key) alone."""
-    return sorted(rows, key=lambda row: hashlib.sha256(f"{seed}/{row['key']}".encode()).digest())
+    return sorted(rows, key=lambda row: hash_share(f"{seed}/{row['key']}"))
 
 
 def take(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
@@ -57,6 +57,7 @@ def mix(main: list[dict], shares: list[tuple[str, list[dict], float]], seed: int
         rows += take(source, count, seed)
         logging.info("%s %s: %d of %d rows%s", name, share, count, len(source), " (repeated)" * (count > len(source)))
     return order(number_repeats(rows), seed)
+
 
 def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,11 +97,10 @@ def main() -> None:
     if len(fit) < len(dev):
         logging.warning("dev: %d of %d rows are not of %d to %d frames: no checkpoint is chosen by them",
                         len(dev) - len(fit), len(dev), SHORTEST, args.max_speech_length)  # fmt: skip
-    dev = fit
-    if not dev:
+    if not fit:
         raise UserError("the dev list is empty: no checkpoint could be chosen; see rejected_dev.jsonl of stage 0")
-    logging.info("stage %d: %d rows to train on, %d for dev", args.stage, write_jsonl(args.output, rows), len(dev))
-    write_jsonl(args.valid_output, number_repeats(dev))
+    logging.info("stage %d: %d rows to train on, %d for dev", args.stage, write_jsonl(args.output, rows), len(fit))
+    write_jsonl(args.valid_output, number_repeats(fit))
 
 
 if __name__ == "__main__":
