@@ -1,8 +1,4 @@
-"""What every helper needs: errors a user can act on, JSON lines, atomic files, progress, workers.
-
-A helper's `main()` is wrapped by `run`: a mistake of the user's ends in one line on
-stderr and exit code 1 (the data or the run failed a check) or 2 (the command was wrong).
-"""
+"""What every helper needs: errors a user can act on, JSON lines, atomic files, progress, workers."""
 
 import contextlib
 import errno
@@ -41,7 +37,7 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a helper's `main()` with logging set up; turn a user's mistake into one line and an exit code."""
+    """Run a helper's `main()` with logging set up; a user's mistake ends in one line on stderr and an exit code."""
     line = "%(asctime)s (%(filename)s:%(lineno)d) %(levelname)s: %(message)s"
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=line, datefmt="%H:%M:%S")
     try:
