@@ -1,6 +1,7 @@
 """The demo's corpus: the same from run to run, and its sets are of different people."""
 
 import itertools
+from pathlib import Path
 
 from speak_corpus import SETS, VOICES, speak_set
 
@@ -12,7 +13,7 @@ def test_an_utterance_sounds_alike_whatever_was_spoken_before_it(tmp_path):
         late = speak_set(name, texts[3:], 3, tmp_path / "late", seed=0)
         for row, again in zip(whole[3:], late, strict=True):
             assert row["speaker"] == again["speaker"]
-            assert open(row["source"], "rb").read() == open(again["source"], "rb").read(), row["key"]
+            assert Path(row["source"]).read_bytes() == Path(again["source"]).read_bytes(), row["key"]
 
 
 def test_no_voice_of_dev_or_test_is_in_a_training_set():
