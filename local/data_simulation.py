@@ -72,7 +72,7 @@ def get_args(command: list[str] | None = None) -> argparse.Namespace:
     add("--num_workers", type=int, default=1, help="Local processes.")
     add("--dask_scheduler", help="Use the Dask cluster of this scheduler, tcp://host:port, instead.")
     args = parser.parse_args(command)
-    if (args.input is None) == (args.no_speech_probe is None):
+    if (args.input is None) == (not args.no_speech_probe):
         parser.error("give --input, or --no_speech_probe N")
     if args.online and (args.output_fs != 16000 or args.no_speech_probe or args.epoch is not None):
         parser.error("--online is for 16 kHz training rows; no --no_speech_probe, --epoch or other --output_fs with it")

@@ -217,6 +217,8 @@ def test_a_wrong_command_is_told_in_one_line(corpus):
     config.write_text((ROOT / "conf/telephone_channel.yaml").read_text().replace("rt60_s", "rt60_ms"))
     assert_one_line(simulate(corpus, "--config", config, output="e"), 2, "rt60_ms")
     assert simulate(corpus, "--target_fs", 16000, manifest=None, output="e").returncode == 2
+    none = simulate(corpus, "--no_speech_probe", 0, manifest=None, output="e")
+    assert none.returncode == 2 and "give --input, or --no_speech_probe N" in none.stderr
     assert not (corpus / "e/sim.jsonl").exists()
 
 

@@ -73,7 +73,7 @@ class Recogniser:
 
     @torch.inference_mode()
     def transcribe(
-        self, utterances: Sequence[Utterance], max_new_tokens: int = 512, max_tokens_per_second: float = 15.0
+        self, utterances: Sequence[Utterance], max_new_tokens: int = 2048, max_tokens_per_second: float = 15.0
     ) -> list[str]:
         """Transcribe utterances as one batch, greedily, each with its own prompt.
 
