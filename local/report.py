@@ -104,7 +104,7 @@ def judge(summary: list[dict[str, Any]], max_wideband_loss: float) -> dict[str, 
 
 
 def stages(exp_output: Path, missing: list[str]) -> list[dict[str, Any]]:
-    """What each training stage recorded: run.json, parameters.json, losses of train.log."""
+    """What each training stage recorded: run.json, losses of train.log."""
     found = []
     for record in sorted(exp_output.glob("exp/*/*[a-z]/run.json")):  # a folder moved aside ends in its time
         log = record.with_name("train.log")
@@ -115,9 +115,8 @@ def stages(exp_output: Path, missing: list[str]) -> list[dict[str, Any]]:
             losses[step["tag"]][step["total_step"]] = step["loss"]
         curves = {tag: sorted(points.items()) for tag, points in losses.items()}
         found.append({
-            "name": record.parent.name, "run": read_json(record, missing, {}),
-            "parameters": read_json(record.with_name("parameters.json"), missing, {}),
-            "losses": curves, "chart": loss_curve(curves),
+            "name": record.parent.name, "run": read_json(record, missing, {}), "losses": curves,
+            "chart": loss_curve(curves),
         })
     if not found:
         missing.append(f"{exp_output}/exp/*/*/run.json")

@@ -4,8 +4,8 @@
         --init_checkpoint MODEL/model.pt --train_list trainlist.jsonl --valid_list valid.jsonl --output_dir EXP
 
 The effective configuration is the model folder's config.yaml, under the stage's YAML, under --overlay.
-Writes checkpoints, averaged.pt, config.yaml, run.json, parameters.json and tensorboard/ into --output_dir, and goes on
-from the last checkpoint there. `torchrun` starts one process a GPU with the same command line.
+Writes checkpoints, averaged.pt, config.yaml, run.json and tensorboard/ into --output_dir, and goes on from the last
+checkpoint there. `torchrun` starts one process a GPU with the same command line.
 """
 
 from __future__ import annotations

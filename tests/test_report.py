@@ -62,8 +62,8 @@ def make_experiment(folder, utterances=60):
     for stage, module in (("stage1_encoder_adapt", "audio_encoder"), ("stage2_adapter_align", "audio_adaptor")):
         exp = folder / "exp" / "8k_telephone" / stage
         write_json(exp / "run.json", {"command": ["python", "local/train.py"], "commit": "abc123", "seed": 0,
-                                      "rows_per_epoch": 1000, "versions": {"funasr": "1.4.16"}})
-        write_json(exp / "parameters.json", {module: {"parameters": 700, "trainable": 700}})
+                                      "rows_per_epoch": 1000, "versions": {"funasr": "1.4.16"},
+                                      "parameters": {module: {"parameters": 700, "trainable": 700}}})
         (exp / "train.log").write_text("".join(
             STEP.format(kind=kind, step=step, loss=3 / step ** 0.5 + (kind == "val") * 0.1)
             for step in range(5, 60, 5) for kind in ("train", "val") if kind == "train" or step % 15 == 0), "utf-8")

@@ -69,12 +69,12 @@ class Trainer(stock.Trainer):
         self._device = value
 
     def warp_model(self, model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
-        """Note what is trained, write it beside run.json, then wrap the model for its device and processes."""
+        """Note what is trained, in run.json too, then wrap the model for its device and processes."""
         kwargs["train_conf"]["early_stopping_patience"] = 0  # or main() stops too, counting from the last resume
         self.trainable = weights.trainable_names(model)
         if self.rank == 0:
             counts = count_parameters(model)
-            write_json(self.folder / "parameters.json", counts)
+            self._describe(parameters=counts)
             trained = [f"{module} {count['trainable']:,}" for module, count in counts.items() if count["trainable"]]
             logging.info("trainable parameters: %s", ", ".join(trained))
             state = model.state_dict()
@@ -125,7 +125,7 @@ class Trainer(stock.Trainer):
             "rows": len(uses), "missed": int((uses == 0).sum()), "repeated": int((uses - 1).clamp(min=0).sum()),
             "processes": self.world_size,
         }
-        self._describe_rows()
+        self._describe(rows_used=self.rows_used)
 
     def validate_epoch(self, **kwargs: Any) -> None:
         """Validate; after an epoch, count those without a better loss."""
@@ -172,11 +172,11 @@ class Trainer(stock.Trainer):
         pairs = (loss, self.train_loss_avg), (accuracy, self.train_acc_avg)
         return tuple((before * old + steps * new) / (before + steps) for old, new in pairs)
 
-    def _describe_rows(self) -> None:
+    def _describe(self, **facts: Any) -> None:
         if self.rank == 0:
             path = self.folder / "run.json"
             described = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            write_json(path, described | {"rows_used": self.rows_used})
+            write_json(path, described | facts)
 
     def _uses_of_all_processes(self) -> torch.Tensor:
         if not stock.dist.is_initialized():
@@ -247,7 +247,8 @@ class Trainer(stock.Trainer):
             content = {"state_dict": state, "lora": self.lora, "averaged": best}
             weights.save_atomically(content, self.folder / "averaged.pt")
             logging.info("averaged.pt is the mean of %s", ", ".join(best))
-        self._describe_rows()  # train.py writes run.json anew; of a resumed run the last epoch may be all done
+        # train.py writes run.json anew; of a resumed run the last epoch may be all done.
+        self._describe(rows_used=self.rows_used)
         if self.use_ddp and not torch.cuda.is_available():
             # Gloo's thread drops the tensors of its last work under Python's lock, which torch (2.13) holds when it
             # waits for that thread to end: seen to hang at the end of a training on two processes.
