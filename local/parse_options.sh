@@ -18,8 +18,8 @@ parse_options() {  # -> STAGE STOP_STAGE and every variable of conf/experiment.c
   local name config=${CONFIG:-} positional=()
   local -A given=()
   mapfile -t OPTIONS < <(sed -n 's/^\([A-Z][A-Z0-9_]*\)=.*/\1/p' conf/experiment.conf)
-  for name in "${OPTIONS[@]}"; do
-    if [[ -n ${!name+set} ]]; then given[$name]=${!name}; fi
+  for name in CONFIG "${OPTIONS[@]}"; do  # COMMAND is what the log says: who repeats it needs the environment's part
+    if [[ -n ${!name+set} ]]; then given[$name]=${!name} COMMAND="$name=${!name@Q} ${COMMAND:-}"; fi
   done
   while (($#)); do
     if [[ $1 != --* ]]; then positional+=("$1"); shift; continue; fi

@@ -179,9 +179,11 @@ def data_counts(exp_output: Path, missing: list[str]) -> list[dict[str, Any]]:
 
 def commands(exp_output: Path) -> list[str]:
     """The commands that the stages wrote at the head of their logs, in the order of the stages."""
-    paths = sorted(exp_output.glob("logs/*.log"), key=lambda path: ("stage-1" not in path.name, path.name))
+    logs = {path.name: path for path in exp_output.glob("logs/*.log")}
+    logs |= {path.parent.name: path for path in exp_output.glob("exp/*/*[a-z]/train.log")}
+    paths = [logs[name] for name in sorted(logs)]
     lines = [line for path in paths for line in path.read_text("utf-8", errors="replace").splitlines()]
-    return list(dict.fromkeys(line[2:].strip() for line in lines if line.startswith("# bash ")))
+    return list(dict.fromkeys(line[2:].strip() for line in lines if re.match(r"# (\w+=.*)?bash run_experiment", line)))
 
 
 def gallery(simulated: dict[str, dict], wideband: dict[str, dict], missing: list[str]) -> list[dict[str, Any]]:

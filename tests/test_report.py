@@ -64,7 +64,7 @@ def make_experiment(folder, utterances=60):
         write_json(exp / "run.json", {"command": ["python", "local/train.py"], "commit": "abc123", "seed": 0,
                                       "rows_per_epoch": 1000, "versions": {"funasr": "1.4.16"},
                                       "parameters": {module: {"parameters": 700, "trainable": 700}}})
-        (exp / "train.log").write_text("".join(
+        (exp / "train.log").write_text(f"# SEED='0' bash run_experiment.sh '{stage[5]}'\n" + "".join(
             STEP.format(kind=kind, step=step, loss=3 / step ** 0.5 + (kind == "val") * 0.1)
             for step in range(5, 60, 5) for kind in ("train", "val") if kind == "train" or step % 15 == 0), "utf-8")
     write_json(folder / "eval" / "interpolation.json", {
@@ -72,7 +72,8 @@ def make_experiment(folder, utterances=60):
         "base_wideband_cer": 0.1, "curve": [{"model": "a", "alpha": a, "telephone_cer": 0.4 - 0.3 * a,
                                              "wideband_cer": 0.1 + 0.02 * a} for a in (0.25, 0.5, 0.75, 1.0)]})
     (folder / "logs").mkdir()
-    (folder / "logs" / "stage1.log").write_text("# bash run_experiment.sh '1'\nmore\n", "utf-8")
+    for stage in ("-1", "0", "4"):
+        (folder / "logs" / f"stage{stage}.log").write_text(f"# bash run_experiment.sh '{stage}'\nmore\n", "utf-8")
     summary = folder / "eval" / "summary.json"
     done = helper("score.py", "--transcripts", folder / "eval" / "transcripts", "--output", summary)
     assert done.returncode == 0, done.stderr
@@ -100,7 +101,9 @@ def test_headline_agrees_with_the_summary_and_the_file_needs_no_network(experime
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert page.count("<audio") == 20 + 2 * 3  # the worst, and each codec with its original
     assert "Missing from this report" not in page
-    assert "bash run_experiment.sh &#39;1&#39;" in page and "audio_encoder 700" in page and "abc123" in page
+    assert re.findall(r"(.*)bash run_experiment.sh '(.*)'", text) == [
+        ("", "-1"), ("", "0"), ("SEED='0' ", "1"), ("SEED='0' ", "2"), ("", "4")]
+    assert "bash run_experiment.sh &#39;4&#39;" in page and "audio_encoder 700" in page and "abc123" in page
     for model, _ in scores:
         assert f"| {model} |" in text
     for name in ("recorded calls", "simulated calls", "wideband speech", "no speech"):

@@ -230,6 +230,13 @@ def test_command_line_beats_environment_beats_config_beats_default(recipe, tmp_p
     assert model_of(done, recipe) == "of/command line"
 
 
+def test_the_log_says_the_command_and_what_the_environment_set(recipe, tmp_path):
+    (tmp_path / "my.conf").write_text("REAL_SHARE=0.2\n")
+    assert recipe(-1, environment={"CONFIG": tmp_path / "my.conf", "ALPHAS": "0.5 1"}).returncode == 0
+    first = (recipe.exp / "logs/stage-1.log").read_text().splitlines()[0]
+    assert first.startswith(f"# ALPHAS='0.5 1' CONFIG='{tmp_path}/my.conf' bash run_experiment.sh '-1' '--exp_output'")
+
+
 @pytest.mark.parametrize("form", [["--model", "a/b"], ["--Model", "a/b"], ["--model=a/b"]])
 def test_forms_of_an_option(recipe, form):
     assert model_of(recipe(-1, *form, model=None), recipe) == "a/b"
