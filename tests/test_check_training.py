@@ -77,12 +77,14 @@ def test_every_stage_yaml_holds_accepted_keys_only_and_at_most_twenty_five(path)
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("train_conf: 5\n", "nothing reads the key train_conf"), ("- 1\n", "a list"), ("a: [\n", "not YAML"),
+    ("train_conf: 5\n", "nothing reads the key train_conf"), ("- 1\n", "a list"), ("a: [\n", "as YAML"),
+    ("5\n", "type: int"), ("optim: adam  # 优化\n", "can't decode"), (None, "No such file"),
     ("model_conf: {ctc_weight: 1}\n", "model_conf.ctc_weight"), ("frontend_conf: {fs: 8000}\n", "frontend_conf.fs"),
     ("dataset_conf: {batch_size_token_max: 9}\n", "batch_size_token_max"), ("lsm_weight: 0.1\n", "lsm_weight"),
 ])  # fmt: skip
 def test_what_is_no_stage_yaml_is_refused(tmp_path, text, message):
-    (tmp_path / "stage.yaml").write_text(text)
+    if text is not None:
+        (tmp_path / "stage.yaml").write_text(text, "gb18030")
     with pytest.raises(UserError, match=message) as error:
         read_stage([tmp_path / "stage.yaml"])
     assert error.value.code == 2

@@ -324,3 +324,9 @@ def test_auto_is_what_it_means_on_this_machine(tmp_path, monkeypatch):
         assert [read_conf(auto)[name] for name in names] == meant
     chosen = write_conf(tmp_path / "conf.yaml", device="cuda", batch_size=7)
     assert read_conf(chosen)["dtype"] == "bf16" and read_conf(chosen)["batch_size"] == 7
+
+
+def test_settings_in_another_encoding_are_refused(tmp_path):
+    (tmp_path / "conf.yaml").write_text("device: cpu  # 处理器\n", "gb18030")
+    with pytest.raises(UserError, match="can't decode"):
+        read_conf(tmp_path / "conf.yaml")

@@ -64,12 +64,10 @@ def read_stage(paths: list[Path]) -> dict[str, Any]:
 
     layers = []
     for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path} does not exist; give the stage's YAML", code=2)
         try:
             layer = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-        except (yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{path}: not YAML: {error}", code=2) from error
+        except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+            raise UserError(f"{path}: cannot be read as YAML: {error}", code=2) from error
         if not isinstance(layer, dict):
             raise UserError(f"{path}: a {type(layer).__name__}, not keys and values", code=2)
         for key, value in flat_items(layer).items():

@@ -169,7 +169,7 @@ def read_conf(path: str) -> dict[str, Any]:
     try:
         conf = yaml.safe_load(Path(path).read_text("utf-8"))
         conf = {name: conf[name] for name in names}
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{path}: {error}; want a YAML file with {', '.join(names)}", code=2) from error
     if conf["device"] == "auto":
         conf["device"] = "cuda" if torch.cuda.is_available() else "cpu"
