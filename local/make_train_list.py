@@ -35,13 +35,18 @@ def take(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, An
 
 
 def number_repeats(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Give the second row of one key the key key#2, and so on; an utterance and its wideband original share a key."""
+    """Give the second row of one key the key key#2, and so on; an utterance and its wideband original share a key.
+
+    A key#2 that is some row's own is passed over.
+    """
     seen: Counter[str] = Counter()
-    numbered = []
+    own, numbered = {row["key"] for row in rows}, []
     for row in rows:
-        key = row["key"]
+        key = name = row["key"]
         seen[key] += 1
-        numbered.append(row if seen[key] == 1 else row | {"key": f"{key}#{seen[key]}"})
+        while seen[key] > 1 and (name := f"{key}#{seen[key]}") in own:
+            seen[key] += 1
+        numbered.append(row | {"key": name})
     return numbered
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common import UserError, atomic_write, read_jsonl, write_jsonl
-from make_train_list import mix, take
+from make_train_list import mix, number_repeats, take
 from mini import ROOT, make_model, make_rows
 from nano.weights import average, trainable_names
 
@@ -151,6 +151,8 @@ def test_shares_are_counts_and_repeats_get_keys_of_their_own():
     assert [row["key"] for row in take(real, 3, seed=1)] != [row["key"] for row in take(real, 3, seed=2)]
     replayed = mix(simulated, [("wideband_replay", simulated, 0.5)], seed=0)  # the originals have the same keys
     assert len({row["key"] for row in replayed}) == 15
+    taken = [{"key": key} for key in ("k", "k", "k#2", "k", "k#2", "k#4")]
+    assert [row["key"] for row in number_repeats(taken)] == ["k", "k#3", "k#2", "k#5", "k#2#2", "k#4"]
 
 
 def test_a_share_of_nothing_is_refused():
