@@ -76,6 +76,8 @@ def find_recordings(path: Path) -> dict[str, Path]:
 
 def read_hotwords(given: str) -> list[str]:
     is_file = os.path.isfile(given)
+    if "/" in given and not is_file:
+        raise UserError(f"--hotwords {given} is no file; correct the path, or give words without a slash", code=2)
     lines = read_lines(given) if is_file else given.replace("，", ",").split(",")
     words = [line.split("#")[0].split("|")[0].strip() for line in lines]
     return [word for word in words if word]
@@ -149,6 +151,15 @@ def transcribe(
     }
 
 
+def read_kept(path: Path, made_of: str) -> dict[str, Any] | None:
+    """The transcript of an earlier run, where it is whole and made of the same; else None."""
+    try:
+        dialogue = json.loads(path.read_text("utf-8"))
+        return dialogue if dialogue["made_of"] == made_of else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def as_text(dialogue: dict[str, Any]) -> str:
     """One line per segment with words: its times, the speaker where there are several, the words."""
     lines = []
@@ -178,8 +189,8 @@ def main() -> None:
             if not path.is_file():
                 raise audio.AudioError("audio_missing", f"{path} does not exist")
             made_of = hashlib.sha256(json.dumps([file_hash(path), *settings]).encode()).hexdigest()[:16]
-            dialogue = json.loads(output.read_text("utf-8")) if output.is_file() else {}
-            if dialogue.get("made_of") != made_of:
+            dialogue = read_kept(output, made_of)
+            if dialogue is None:
                 if recogniser is None:
                     recogniser, vad = Recogniser(args.model_dir, conf["device"], conf["dtype"]), load_vad()
                 dialogue = transcribe(path, recogniser, vad, recogniser.prompt(hotwords), conf)

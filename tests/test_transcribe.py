@@ -164,6 +164,8 @@ def test_hot_words_come_from_the_line_or_from_a_keyword_list(tmp_path):
     assert transcribe.read_hotwords(str(tmp_path / "words.txt")) == ["逾期", "退款"]
     assert transcribe.read_hotwords("逾期, 退款，账单,") == ["逾期", "退款", "账单"]
     assert transcribe.read_hotwords("") == []
+    with pytest.raises(UserError, match="is no file"):
+        transcribe.read_hotwords(str(tmp_path / "word.txt"))
 
 
 def test_recordings_are_found_in_folders_and_lists(tmp_path):
@@ -221,6 +223,9 @@ def test_a_folder_is_transcribed_broken_files_are_named_and_a_second_run_keeps_w
     (calls / "broken.wav").unlink()
     written = (out / "good.wav.json").stat().st_mtime_ns
     assert helper(*command).returncode == 0 and (out / "good.wav.json").stat().st_mtime_ns == written
+    for damaged in (b"", b'{"made_of": "\xff', b"[]", b"{}"):
+        (out / "good.wav.json").write_bytes(damaged)
+        assert transcribe.read_kept(out / "good.wav.json", dialogue["made_of"]) is None
     assert helper(*command, "--hotwords", "退款").returncode == 0  # another prompt: transcribed again
     again = json.loads((out / "good.wav.json").read_text("utf-8"))
     assert again["hotwords"] == ["退款"] and (out / "good.wav.json").stat().st_mtime_ns != written
