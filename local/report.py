@@ -71,9 +71,11 @@ def judge(summary: list[dict[str, Any]], max_wideband_loss: float) -> dict[str, 
     rows = {(row["test_set"], row["model"]): row for row in summary}
     pairs = {name: (rows[name, "base"], rows[name, "final"])
              for name in SETS if {(name, "base"), (name, "final")} <= rows.keys()}
+    # Of references that normalise to nothing there is no rate.
+    pairs = {name: pair for name, pair in pairs.items() if name == "no_speech" or pair[0]["cer"] is not None}
     calls = next((name for name in TELEPHONE if name in pairs), None)
     if calls is None:
-        headline = "Nothing to decide on yet: no calls were scored with both base and final."
+        headline = "Nothing to decide on yet: no calls with text were scored with both base and final."
         return {"deploy": None, "headline": headline, "against": [], "notes": [], "cards": []}
     base, final = pairs[calls]
     p_value = "unknown" if final["p_value"] is None else f"{final['p_value']:.3f}"
@@ -92,7 +94,8 @@ def judge(summary: list[dict[str, Any]], max_wideband_loss: float) -> dict[str, 
         cards.append(compare("Written where nobody speaks", silence, "chars_per_minute", MAX_SILENCE_GAIN, note))
         if silence[1]["chars_per_minute"] > MAX_SILENCE:
             notes.append("where nobody speaks it still writes: let it hear speech only, cut as make transcribe does")
-    against = [f"{SETS[name]}: not scored" for name in SETS if name not in pairs and name != "simulated_test"]
+    against = [f"{SETS[name]}: {'nothing to compare' if (name, 'final') in rows else 'not scored'}"
+               for name in SETS if name not in pairs and name != "simulated_test"]
     if final["p_value"] is None or final["p_value"] >= 0.05 or final["cer"] >= base["cer"]:
         against.append(f"on {SETS[calls]} the final model is not reliably better than the base (p = {p_value})")
     against += [f"{card['title']}: {card['base']} → {card['final']} {card['unit']} ({card['note']})"
