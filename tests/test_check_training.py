@@ -165,11 +165,6 @@ def test_a_folder_without_ctc_vocabulary_or_llm_is_refused_by_name(refused, mode
     assert message in refused(model_dir=folder, init_checkpoint=model_dir / "model.pt")[0]
 
 
-def test_without_a_fbank_library_training_is_refused(refused, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "no fbank library" in refused()[0]
-
-
 def test_features_are_without_noise_where_the_model_folder_says_nothing(model_dir, tmp_path):
     config = yaml.safe_load((model_dir / "config.yaml").read_text())
     del config["frontend_conf"]["dither"]
