@@ -49,7 +49,7 @@ def run(main: Callable[[], None]) -> None:
             raise
         message, code = f"{error.strerror}: {error.filename or 'output'}; free space or choose another EXP_OUTPUT", 1
     except KeyboardInterrupt:
-        message, code = "interrupted; run the same command again to go on", 130
+        message, code = "interrupted; the same command goes on, without --force if it had that", 130
     else:
         return
     print(f"error: {' '.join(message.split())}", file=sys.stderr)

@@ -172,7 +172,7 @@ def error_rates(root: str) -> dict[str, str]:
     """CER of every model that stage 4 scored: {"stage1": "real 12.3%, simulated 4.5%"}."""
     path, found = Path(root) / "eval/summary.json", {}
     for row in json.loads(path.read_text("utf-8")) if path.is_file() else []:
-        if row["test_set"] in ("real_test", "simulated_test"):
+        if row["test_set"] in ("real_test", "simulated_test") and row["cer"] is not None:
             found.setdefault(row["model"], []).append(f"{row['test_set'].removesuffix('_test')} {row['cer']:.1%}")
     return {model: ", ".join(rates) for model, rates in found.items()}
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,10 +77,10 @@ def find_recordings(path: Path) -> dict[str, Path]:
 
 def read_hotwords(given: str) -> list[str]:
     is_file = os.path.isfile(given)
-    if "/" in given and not is_file:
-        raise UserError(f"--hotwords {given} is no file; correct the path, or give words without a slash", code=2)
+    if not is_file and (given.startswith(("/", "./", "../", "~")) or given.endswith(".txt")):
+        raise UserError(f"--hotwords {given} is no file; correct the path, or give the words themselves", code=2)
     lines = read_lines(given) if is_file else given.replace("，", ",").split(",")
-    words = [line.split("#")[0].split("|")[0].strip() for line in lines]
+    words = [re.split("[#＃|｜]", line)[0].strip() for line in lines]
     return [word for word in words if word]
 
 

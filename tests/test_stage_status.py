@@ -235,8 +235,9 @@ def test_the_log_says_of_each_step_what_the_first_process_wrote(training):
 
 def test_status_shows_the_error_rates_where_they_were_scored(training, experiment):
     rows = [{"model": model, "test_set": test_set, "cer": cer} for model, test_set, cer in (
-        ("base", "real_test", 0.5), ("stage1", "simulated_test", 0.123), ("stage1", "real_test", 0.4),
-        ("stage1", "wideband_test", 0.1), ("stage1", "no_speech", None), ("final", "real_test", 0.3),
+        ("base", "real_test", 0.5), ("base", "simulated_test", None), ("stage1", "simulated_test", 0.123),
+        ("stage1", "real_test", 0.4), ("stage1", "wideband_test", 0.1), ("stage1", "no_speech", None),
+        ("final", "real_test", 0.3),
     )]  # fmt: skip
     (experiment / "eval").mkdir()
     (experiment / "eval/summary.json").write_text(json.dumps(rows))

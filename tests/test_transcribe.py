@@ -160,10 +160,10 @@ def test_hot_words_and_way_of_writing_reach_the_model_as_funasr_itself_would_sen
 
 
 def test_hot_words_come_from_the_line_or_from_a_keyword_list(tmp_path):
-    (tmp_path / "words.txt").write_text("# comment\n逾期|预期\n退款  # often\n\n", "utf-8")
+    (tmp_path / "words.txt").write_text("# comment\n逾期｜预期\n退款  # often\n\n", "utf-8")
     assert transcribe.read_hotwords(str(tmp_path / "words.txt")) == ["逾期", "退款"]
     assert transcribe.read_hotwords("逾期, 退款，账单,") == ["逾期", "退款", "账单"]
-    assert transcribe.read_hotwords("") == []
+    assert transcribe.read_hotwords("") == [] and transcribe.read_hotwords("TCP/IP") == ["TCP/IP"]
     with pytest.raises(UserError, match="is no file"):
         transcribe.read_hotwords(str(tmp_path / "word.txt"))
 
