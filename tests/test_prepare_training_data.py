@@ -576,6 +576,12 @@ def test_validate_finds_a_recording_that_two_corpora_share(tmp_path, corpus):
         main(["validate", "--input", str(tmp_path / "one/train.jsonl"), str(tmp_path / "two/test.jsonl")])
 
 
+def test_validate_has_nothing_against_the_same_key_in_two_sets(tmp_path, corpus):
+    converted(tmp_path, corpus[:1], "--do_upsample")
+    converted(tmp_path, [corpus[1] | {"key": "u0"}], "--do_upsample", name="dev")
+    main(["validate", "--input", *(str(tmp_path / f"out/{name}_formatted.jsonl") for name in ("train", "dev"))])
+
+
 def test_the_report_adds_up_and_says_when_it_does_not(tmp_path, corpus):
     source = write_lines(tmp_path / "train.jsonl", [*corpus, "no json"])
     data = tmp_path / "data/real_8k_telephone"
