@@ -36,6 +36,7 @@ STAGES = {
     5: "report and final model",
 }
 CLOCK = "%Y-%m-%d %H:%M:%S"
+CHOSEN = {"TEXT_STYLE": 0, "FRONTEND_FS": 1}  # options that are chosen at a stage, and kept by those after it
 KALDI_FILES = ("wav.scp", "text", "segments", "utt2spk")
 
 
@@ -97,14 +98,16 @@ def read_marker(root: str, stage: int) -> dict[str, Any] | None:
 def check(root: str, stage: int, now: dict, force: bool = False, refuse: bool = False) -> tuple[int, str]:
     """Decide about a stage: (exit code, one line that says why).
 
-    Raises UserError where the stage would replace work of other inputs and may not, and where its sampling rate is
-    not that of stage 1, where it is chosen.
+    Raises UserError where the stage would replace work of other inputs and may not, and where an option of CHOSEN
+    is not what it was at its stage.
     """
-    marker, first = read_marker(root, stage), read_marker(root, 1) if stage > 1 else None
-    chosen, asked = (facts["config"].get("FRONTEND_FS") for facts in (first or now, now))
-    if asked != chosen:
-        raise UserError(f"FRONTEND_FS is {asked}, but stage 1 trained at {chosen} Hz; add --frontend_fs {chosen}, or "
-                        "begin again at stage 0 in another --exp_output", code=2)  # fmt: skip
+    marker = read_marker(root, stage)
+    for name, first in CHOSEN.items():
+        chosen = read_marker(root, first) if stage > first and name in now["config"] else None
+        was, asked = (facts["config"].get(name) for facts in (chosen or now, now))
+        if asked != was:
+            raise UserError(f"{name} is {asked}, but stage {first} had {was}; add --{name.lower()} {was}, or begin "
+                            "again at stage 0 in another --exp_output", code=2)  # fmt: skip
     if marker is None:
         return MUST_RUN, "not run yet"
     changed = changes(marker, now)

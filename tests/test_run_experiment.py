@@ -359,10 +359,22 @@ def test_the_sampling_rate_goes_from_stage_0_to_export_and_no_stage_after_the_fi
     for stage in (2, 3, 4, 5):
         refused = recipe(stage, force="true")
         assert refused.returncode == 2
-        assert "FRONTEND_FS is 16000, but stage 1 trained at 8000 Hz" in refused.stderr
+        assert "FRONTEND_FS is 16000, but stage 1 had 8000; add --frontend_fs 8000" in refused.stderr
         assert refused.stderr.count("\n") == 1
     assert recipe.calls() == []
     assert recipe(1).returncode == 1  # a choice of stage 1, but its data and work are of the other
+
+
+def test_the_prompt_that_is_exported_is_the_one_that_was_trained(recipe):
+    assert recipe(-1, 4, text_style="spoken").returncode == 0
+    recipe.forget_calls()
+    refused = recipe(5)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "TEXT_STYLE is written, but stage 0 had spoken; add --text_style spoken" in refused.stderr
+    assert recipe.calls() == []
+    assert recipe(5, text_style="spoken").returncode == 0
+    exported = next(call for call in recipe.calls() if "export" in call)
+    assert options_of(exported)["--text_style"] == "spoken"
 
 
 # --- failure, change, force
