@@ -99,8 +99,8 @@ def format_entry(entry: Entry, folder: Path, since: float, args: argparse.Namesp
                 x, rate = audio.read(row["source"], **cut)
                 audio.write(path, resample(x, rate, fs), fs)
             samples = audio.length(path).samples
-        if samples * 100 < fs:
-            raise audio.AudioError("too_short", f"{samples} samples at {fs} Hz are no 10 ms")
+        if samples * 40 < fs:  # FunASR makes its window shorter then, and fails where too few bins are left for 80 mels
+            raise audio.AudioError("too_short", f"{samples} samples at {fs} Hz are no window of 25 ms")
     except audio.AudioError as error:
         return Entry(entry.given, None, error.reason, str(error))
     messages = [

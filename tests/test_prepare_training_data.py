@@ -467,6 +467,15 @@ def test_low_rates_need_do_upsample(tmp_path, corpus):
     assert path_of(rows[0]) == str(tmp_path / "u0.wav"), "8 kHz files serve an 8 kHz front end in place"
 
 
+def test_audio_that_is_no_window_of_the_features_goes_from_dev_too(tmp_path, corpus):
+    for name, samples in (("short", 199), ("window", 200)):
+        soundfile.write(tmp_path / f"{name}.wav", speech(2.0, 8000)[:samples], 8000)
+    rows = [corpus[0] | {"key": name, "source": f"{name}.wav"} for name in ("short", "window")]
+    kept = converted(tmp_path, rows, "--do_upsample", "--max_reject_ratio", 0.5, name="dev")
+    assert [(row["key"], row["speech_length"]) for row in kept] == [("window", 2)]
+    assert [row["reason"] for row in read_lines(tmp_path / "out/rejected_dev_formatted.jsonl")] == ["too_short"]
+
+
 def test_keys_from_strangers_stay_in_the_output_folder(tmp_path, corpus):
     keys = ["../../x", "/etc/passwd", "..", "好的", "a\nb", "a b", "a/b", "x" * 4000, "$(touch pwned)", "'; rm -rf ~;'"]
     rows = converted(tmp_path, [corpus[0] | {"key": key} for key in keys], "--do_upsample")
