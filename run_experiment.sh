@@ -100,8 +100,7 @@ prepare_data() {
     convert "$WORK/real_$split.jsonl" "$REAL" "$split" audio_upsampled "$WORK"/rejected_real_"$split"*.jsonl
     convert "$WORK/raw_$split.jsonl" "$WIDE" "$split" audio "$WORK"/rejected_raw_"$split"*.jsonl
   done
-  no_speech train 300; no_speech test 60
-  validate
+  no_speech train 300; no_speech test 60; validate
   "${PREPARE[@]}" stats --data_dir "$DATA" --source "${sources[@]}"
 }
 validate() { "${PREPARE[@]}" validate --fs "$FRONTEND_FS" --input "${TRAIN_DATA[@]}" "${TEST_DATA[@]}"; }
@@ -122,9 +121,10 @@ held_out() {  # NAME DEV TEST [option...] -> work/NAME_{dev,test}.jsonl: no spea
 
 filter() {  # NAME SPLIT IN [option...] -> work/NAME_SPLIT.jsonl
   local -A band=([raw]=wideband [real]=telephone) folder=([raw]=$SIM [real]=$REAL)
+  local most=$MAX_REJECT_RATIO; if [[ $most =~ ^0*(\.[0-4].*)?$ ]]; then most=0.5; fi  # the larger of the two
   sources+=("${folder[$1]##*/}/$2=$3")
   "${PREPARE[@]}" filter --conf "$FILTER_CONF" --expect_band "${band[$1]}" --max_speech_length "$MAX_SPEECH_LENGTH" \
-    --split "${2%,*}" --input "$3" --output "$WORK/$1_$2.jsonl" "${WORKERS[@]}" "${@:4}"
+    --split "${2%,*}" --input "$3" --output "$WORK/$1_$2.jsonl" "${WORKERS[@]}" --max_reject_ratio "$most" "${@:4}"
 }
 
 convert() {  # IN FOLDER SPLIT AUDIO_DIR REJECTED... -> FOLDER/SPLIT_formatted.jsonl, the rejects of all steps

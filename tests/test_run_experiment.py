@@ -326,6 +326,15 @@ def test_an_overlay_is_laid_over_the_stages_it_has_a_file_for(recipe, tmp_path):
     assert overlays == [None, str(tmp_path / "overlay/stage2_adapter_align.yaml")]
 
 
+@pytest.mark.parametrize(
+    ("given", "filtering"), [("0.05", "0.5"), ("0", "0.5"), (".49", "0.5"), ("0.5", "0.5"), ("0.9", "0.9"), ("1", "1")]
+)
+def test_the_filter_may_drop_half_of_the_rows_or_more_where_that_is_asked_for(recipe, given, filtering):
+    assert recipe(-1, 0, max_reject_ratio=given).returncode == 0
+    limits = {call[1]: options_of(call).get("--max_reject_ratio") for call in recipe.calls()}
+    assert (limits["filter"], limits["convert"]) == (filtering, given)
+
+
 def test_dev_is_split_only_where_no_test_set_is_given(recipe, tmp_path):
     assert recipe(-1, 0, real_8k_test=tmp_path / "real_test.jsonl").returncode == 0
     split = [options_of(call)["--test"] for call in recipe.calls() if "split" in call[:2]]
