@@ -209,7 +209,7 @@ decode() {  # SPLIT OUTPUT_DIR NAME=CHECKPOINT...
   "$PYTHON" local/decode.py --model_dir "$MODEL_DIR" "${models[@]/#/--checkpoint=}" "${sets[@]/#/--test_set=}" \
     --output_dir "$2" --frontend_fs "$FRONTEND_FS"
 }
-score() { "$PYTHON" local/score.py --transcripts "$1" --output "$2" ${KEYWORDS:+--keywords "$KEYWORDS"} "${@:3}"; }
+score() { "$PYTHON" local/score.py --transcripts "$1" --output "$2" --keywords "$KEYWORDS" "${@:3}"; }
 
 # --- stage 5: report and final model folder -------------------------------------------------------------------------
 stage_5() {

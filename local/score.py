@@ -29,7 +29,7 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--transcripts", required=True, help="Folder of <model>.<test_set>.jsonl as decode.py writes.")
     parser.add_argument("--output", required=True, help="summary.json to write; details.json goes beside it.")
     parser.add_argument("--models", nargs="+", help="Score these models alone. Default: all that the folder has.")
-    parser.add_argument("--keywords", default="conf/keywords.txt", help="Keyword list. Default: %(default)s.")
+    parser.add_argument("--keywords", default="conf/keywords.txt", help="List; empty: none. Default: %(default)s.")
     parser.add_argument("--conf", default="conf/decode.yaml", help="Settings. Default: %(default)s.")
     parser.add_argument("--choose", help="File for the choice among models named alpha_*, by the scores of dev sets.")
     parser.add_argument(
@@ -186,7 +186,7 @@ def main() -> None:
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         wanted = "chinese_numerals, and bootstrap_resamples of at least 1"
         raise UserError(f"--conf {args.conf}: {error!r}; want {wanted}", code=2) from error
-    keywords = metrics.read_keywords(args.keywords, chinese_numerals)
+    keywords = metrics.read_keywords(args.keywords, chinese_numerals) if args.keywords else {}
     scored = [Scored(rows, keywords, chinese_numerals) for rows in read_transcripts(args.transcripts, args.models)]
     # Models in the order of the training, the test set without speech last.
     scored.sort(key=lambda one: (

@@ -290,6 +290,10 @@ def test_summary_holds_the_rows_of_the_contract(tmp_path):
     assert ("退", "腿") in [(row["reference"], row["hypothesis"]) for row in details["confusions"]]
     assert "real_test" in done.stdout and "CER %" in done.stdout
     done = helper(sys.executable, "local/score.py", "--transcripts", tmp_path / "t", "--output", tmp_path / "none.json",
+                  "--conf", conf, "--keywords", "")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert {row["kwer"] for row in json.loads((tmp_path / "none.json").read_text("utf-8"))} == {None}
+    done = helper(sys.executable, "local/score.py", "--transcripts", tmp_path / "t", "--output", tmp_path / "none.json",
                   "--conf", write_conf(tmp_path / "conf.yaml", bootstrap_resamples=0))  # fmt: skip
     assert done.returncode == 2 and "at least 1" in done.stderr and done.stderr.count("\n") == 1
 

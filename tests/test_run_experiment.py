@@ -429,6 +429,8 @@ def test_other_keywords_or_alphas_keep_the_transcripts_and_score_those_that_are_
     assert choice[models : models + 3] == ["base", "alpha_0.5", "alpha_1.0"] and "--models" not in scores
     assert recipe(4, **changed, force="true").returncode == 0 and not kept.exists()
     assert len(list(recipe.exp.glob("eval.old.*"))) == 1
+    assert recipe(4, **changed | {"keywords": ""}).returncode == 0
+    assert options_of(recipe.calls()[-1])["--keywords"] == "", "none, not those of score.py's default"
 
 
 def test_a_stage_redone_makes_the_next_one_out_of_date(recipe):
