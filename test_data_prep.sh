@@ -8,6 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source local/parse_options.sh
 if [[ " $* " == *" --help "* ]]; then sed -n 's/^# //p' "${BASH_SOURCE[0]}" | head -3; exit 0; fi
 parse_options 0 "$@"
+[[ $STOP_STAGE == 0 ]] || fail "this is a trial of stage 0 alone; for another: bash run_experiment.sh $STOP_STAGE"
 check_options
 
 trial=$EXP_OUTPUT/test_data_prep
@@ -54,4 +55,4 @@ echo
 echo "The whole would take (time on one core; it falls with the number of cores):"
 "$PYTHON" local/prepare_training_data.py stats --data_dir "$trial/data" --estimate "$seconds" \
   --source "${wholes[@]}" 2>"$trial/again.log"
-echo "Listen to the examples named in $trial/data/STAGE0_COMPLETION_REPORT.md, then: bash run_experiment.sh 0"
+echo "Listen to the examples named in $trial/data/STAGE0_COMPLETION_REPORT.md, then: bash run_experiment.sh 0 ${*@Q}"

@@ -715,6 +715,17 @@ def test_a_full_disk_is_one_line_and_finished_work_is_kept(tmp_path, corpus):
         subprocess.run(["umount", disk], check=True)
 
 
+def bash_quoted(words):
+    quoted = ["bash", "-c", 'printf %s "${*@Q}"', "bash", *map(str, words)]
+    return subprocess.run(quoted, capture_output=True, text=True, check=True).stdout
+
+
+def test_a_trial_is_of_stage_0_alone(tmp_path):
+    line = ["bash", ROOT / "test_data_prep.sh", "1", "--exp_output", tmp_path / "exp"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "a trial of stage 0 alone" in done.stderr and done.stderr.count("\n") == 1
+
+
 @pytest.mark.full
 def test_data_prep_takes_ten_of_each_corpus_and_says_what_the_whole_would_take(tmp_path):
     from miniature import build_folder
@@ -747,6 +758,7 @@ def test_data_prep_takes_ten_of_each_corpus_and_says_what_the_whole_would_take(t
     report = (home / "exp/test_data_prep/data/STAGE0_COMPLETION_REPORT.md").read_text()
     assert "| real_8k_telephone/train | 10 |" in report and "| simulated_8k_telephone/train | 10 |" in report
     assert sorted(path.name for path in (home / "exp").iterdir() if path.name[0] != ".") == ["model", "test_data_prep"]
+    assert done.stdout.splitlines()[-1].endswith(f"bash run_experiment.sh 0 {bash_quoted(line[2:])}")
 
 
 @pytest.mark.full
