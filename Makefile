@@ -3,9 +3,11 @@
 # `make help` lists the targets; `bash run_experiment.sh` without arguments lists the options.
 ifdef CONFIG
 EXP_OUTPUT ?= $(shell bash -c 'source local/parse_options.sh; parse_options 0 --config "$$1"; echo "$$EXP_OUTPUT"' make \
-  '$(CONFIG)' || echo exp_output)
+  '$(CONFIG)')
 endif
-EXP_OUTPUT ?= exp_output
+ifeq ($(strip $(EXP_OUTPUT)),)  # not `?=`: of one that is set and empty, `make clean` would remove /demo
+override EXP_OUTPUT := exp_output
+endif
 SEED ?= 0
 FORCE ?= false
 MODEL_DIR ?= $(EXP_OUTPUT)/final_model

@@ -85,6 +85,16 @@ def test_make_takes_the_folder_of_the_results_from_the_config(tmp_path):
     assert '--output_root "/other"' in subprocess.check_output([*command, "EXP_OUTPUT=/other"], cwd=ROOT, text=True)
 
 
+@pytest.mark.parametrize("given", ["EXP_OUTPUT=", "CONFIG=my.conf"])
+def test_make_clean_of_an_empty_folder_is_that_of_the_default(tmp_path, monkeypatch, given):
+    (tmp_path / "my.conf").write_text("EXP_OUTPUT=$NOT_SET\n")
+    monkeypatch.delenv("EXP_OUTPUT", raising=False)
+    name, _, value = given.partition("=")
+    monkeypatch.setenv(name, value and str(tmp_path / value))
+    cleaned = subprocess.check_output(["make", "-n", "clean"], cwd=ROOT, text=True)
+    assert cleaned.startswith('rm -rf "exp_output/demo" ')
+
+
 def test_online_the_simulated_training_audio_is_not_written(corpus, monkeypatch, capsys):
     written = [
         float(make_plan(monkeypatch, capsys, "--config", corpus / "my.conf", "--online_channel", online)[""][0]
