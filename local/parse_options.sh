@@ -74,6 +74,8 @@ check_options() {  # all that can be checked before anything is done
   for name in SEED NNODES NODE_RANK MASTER_PORT MAX_SPEECH_LENGTH ${NGPU:+NGPU} ${NUM_WORKERS:+NUM_WORKERS}; do
     [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || fail "--${name,,} '${!name}' is not a whole number"
   done
+  ((${#SEED} < 11 && SEED < 2 ** 32)) || fail "--seed $SEED is over $((2 ** 32 - 1)), the largest that numpy takes"
+  ((${#MASTER_PORT} < 6 && MASTER_PORT < 2 ** 16)) || fail "--master_port $MASTER_PORT is over 65535, the last port"
   ((NODE_RANK < NNODES)) || fail "--node_rank $NODE_RANK: with --nnodes $NNODES it is 0 to $((NNODES - 1))"
   for name in REAL_SHARE WIDEBAND_REPLAY NO_SPEECH_SHARE SIMULATED_SHARE MAX_REJECT_RATIO MAX_WIDEBAND_LOSS; do
     [[ ${!name} =~ ^[0-9]*\.?[0-9]+$ ]] || fail "--${name,,} '${!name}' is not a number of at least 0"
