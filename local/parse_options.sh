@@ -89,6 +89,9 @@ check_options() {  # all that can be checked before anything is done
   if [[ -z $PYTHON ]]; then PYTHON=python3; [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python; fi
   command -v "$PYTHON" >/dev/null || fail "--python $PYTHON is not there; \`make setup\` makes .venv/bin/python"
   [[ -z $STAGE_OVERLAY_DIR || -d $STAGE_OVERLAY_DIR ]] || fail "--stage_overlay_dir $STAGE_OVERLAY_DIR is not a folder"
+  for value in ${STAGE_OVERLAY_DIR:+"$STAGE_OVERLAY_DIR"/stage*.y*ml}; do
+    [[ ! -e $value || -f conf/${value##*/} ]] || fail "$value: there is no conf/${value##*/} that it could be laid over"
+  done
   needs_path INIT_CHECKPOINT CHANNEL_CONF FILTER_CONF KEYWORDS BG_NOISE_SCP
   [[ -z $KEYWORDS ]] || iconv -f UTF-8 -t UTF-8 "$KEYWORDS" >/dev/null 2>&1 ||
     fail "--keywords $KEYWORDS is not UTF-8; iconv -f GB18030 -t UTF-8 makes it so"

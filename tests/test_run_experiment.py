@@ -327,6 +327,10 @@ def test_an_overlay_is_laid_over_the_stages_it_has_a_file_for(recipe, tmp_path):
     assert recipe(-1, 2, stage_overlay_dir=tmp_path / "overlay").returncode == 0
     overlays = [options_of(call).get("--overlay") for call in recipe.calls() if call[0] == "train.py"]
     assert overlays == [None, str(tmp_path / "overlay/stage2_adapter_align.yaml")]
+    (tmp_path / "overlay/stage2_adaptor_align.yaml").write_text("a: 1\n")
+    done = recipe(2, stage_overlay_dir=tmp_path / "overlay")
+    assert done.returncode == 2 and "there is no conf/stage2_adaptor_align.yaml" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
