@@ -86,6 +86,9 @@ def check_row(given: dict[str, Any], base: Path) -> Entry:
     for name in ("key", "source", "target"):
         if name not in row or (name != "target" and not row[name].strip()):
             return Entry(given, None, "missing_field", f"no {name}")
+    if row["source"].endswith("|"):
+        # A pipe is a shell command from a stranger: it is never run.
+        return Entry(given, None, "source_is_command", "the source is a command; write its output to a file first")
     if row.get("end", math.inf) <= row.get("start", 0.0):
         return Entry(given, None, "bad_segment", f"start {row.get('start', 0.0)} s, end {row['end']} s")
     row["source"] = os.path.abspath(base / row["source"])
@@ -208,11 +211,7 @@ def _read_kaldi(utterances: Path) -> Iterator[Entry]:
                 del given["end"]
             # The segments of a recording are one call, which dev and test must not share.
             given |= {"source": recordings.get(recording, ""), "call": recording}
-        if given["source"].endswith("|"):
-            # A pipe is a shell command from a stranger: it is never run.
-            yield Entry(given, None, "source_is_command", "wav.scp holds a command; write its output to a file first")
-        else:
-            yield check_row(given, Path.cwd())  # Kaldi's relative paths start where the recipe is run
+        yield check_row(given, Path.cwd())  # Kaldi's relative paths start where the recipe is run
     for key in unread:
         given = {"key": key, "target": text[key]}
         yield Entry(given, None, "missing_field", f"{key} is in `text` and not in the list of audio")

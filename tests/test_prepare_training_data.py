@@ -403,6 +403,14 @@ def test_a_sample_takes_bad_rows_too_and_starts_anywhere(tmp_path, corpus):
     assert sources == {str(tmp_path / row["source"]) for row in corpus}
 
 
+def test_a_sample_of_a_kaldi_folder_is_rejected_for_the_reasons_of_the_folder(tmp_path):
+    (tmp_path / "wav.scp").write_text("a sph2pipe -f wav a.sph |\n")
+    (tmp_path / "text").write_text("a 好\n")
+    main(["sample", "--input", str(tmp_path), "--output", str(tmp_path / "elsewhere/sample.jsonl")])
+    sampled = read_rows(tmp_path / "elsewhere/sample.jsonl")
+    assert [entry.reason for entry in (*read_rows(tmp_path), *sampled)] == ["source_is_command"] * 2
+
+
 # --- convert
 
 
