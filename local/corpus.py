@@ -222,6 +222,7 @@ def group_rows(rows: list[dict[str, Any]], by: Iterable[str]) -> list[list[int]]
     from scipy.sparse import coo_array  # slow to import, and nothing else here needs it
     from scipy.sparse.csgraph import connected_components
 
+    rows = [row | {"source": os.path.realpath(row["source"])} for row in rows]
     values: dict[tuple[str, str], int] = {}
     pairs = [(i, values.setdefault((name, row[name]), len(rows) + len(values)))
              for i, row in enumerate(rows) for name in (*by, "source") if row.get(name)]

@@ -207,6 +207,7 @@ def read_others(same_corpus: list[str], other_corpora: list[str]) -> dict[tuple[
 
 def _identities(row: dict[str, Any]) -> list[tuple[str, str]]:
     fields = {"source": "audio", "audio_hash": "audio", "call": "call", "speaker": "speaker"}
+    row = row | {"source": os.path.realpath(row["source"])}  # the same by whatever links; only the row keeps its name
     return [(what, row[field]) for field, what in fields.items() if row.get(field)]
 
 

@@ -200,6 +200,18 @@ def test_another_corpus_shares_recordings_but_no_names(tmp_path, corpus):
     assert reasons == {"u2": "leakage"}
 
 
+def test_a_recording_is_the_same_through_a_link(tmp_path, corpus):
+    (tmp_path / "link").symlink_to(tmp_path)
+    halves = [corpus[0] | {"start": 0, "end": 1}, corpus[0] | {"source": "link/u0.wav", "start": 1, "key": "half"}]
+    halves = [row | {"target": "好", "speaker": row["key"]} for row in halves]
+    dev, _ = filtered(tmp_path, halves, name="dev")
+    assert [row["source"] for row in dev] == [str(tmp_path / "u0.wav"), str(tmp_path / "link/u0.wav")]
+    assert len(group_rows(dev, ("call", "speaker"))) == 1
+    filtered(tmp_path, halves[:1], name="dev")
+    kept, reasons = filtered(tmp_path, [halves[1], corpus[1]], "--against", tmp_path / "dev.jsonl")
+    assert reasons == {"half": "leakage"} and len(kept) == 1
+
+
 def test_too_many_rejects_fail_and_show_why(tmp_path, corpus):
     rows = [*corpus, *({"key": f"n{i}", "source": "none.wav", "target": "好"} for i in range(4))]
     source, output = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
