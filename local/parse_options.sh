@@ -56,6 +56,7 @@ check_config() {  # every line is a comment or sets a known option
   local line
   while IFS= read -r line || [[ -n $line ]]; do
     [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
+    [[ $line != $'\xef\xbb\xbf'* ]] || fail "$1 begins with a byte order mark; sed -i '1s/^\xEF\xBB\xBF//' $1"
     [[ $line =~ ^([A-Z][A-Z0-9_]*)= ]] || fail "$1: '$line' is not NAME=value"
     is_option "${BASH_REMATCH[1]}" || fail "$1: unknown option ${BASH_REMATCH[1]}; --help lists them"
     [[ $line != *$'\r' ]] || fail "$1 has the line ends of Windows; sed -i 's/\r$//' $1"

@@ -184,6 +184,18 @@ def test_a_config_file_with_a_mistake_is_refused(repository, tmp_path, line, mes
     assert message in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_a_byte_order_mark_is_named_with_the_command_that_takes_it_off(repository, tmp_path, locale):
+    config = tmp_path / "my.conf"
+    config.write_text("# my settings\nSEED=x\n", "utf-8-sig")
+    done = driver(repository, "1", "--config", config, environment={"LC_ALL": locale})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    said, _, mend = done.stderr.strip().partition("; ")
+    assert said == f"error: {config} begins with a byte order mark"
+    subprocess.run(["bash", "-c", mend], check=True, env={"PATH": os.environ["PATH"], "LC_ALL": locale})
+    assert config.read_text("utf-8") == "# my settings\nSEED=x\n"
+
+
 def test_keywords_in_another_encoding_are_refused_before_anything_is_done(recipe, tmp_path):
     (tmp_path / "words.txt").write_text("逾期\n", "gb18030")
     done = recipe(-1, 5, keywords=tmp_path / "words.txt")
