@@ -72,6 +72,8 @@ check_options() {  # all that can be checked before anything is done
   done
   ((STOP_STAGE >= STAGE)) || fail "stop stage $STOP_STAGE is before stage $STAGE"
   for name in EXP_OUTPUT MODEL ALPHAS; do [[ -n ${!name} ]] || fail "--${name,,} is empty"; done
+  [[ ! -e $EXP_OUTPUT || (-d $EXP_OUTPUT && -w $EXP_OUTPUT) ]] ||
+    fail "--exp_output $EXP_OUTPUT is no folder that may be written"
   for name in SEED NNODES NODE_RANK MASTER_PORT MAX_SPEECH_LENGTH ${NGPU:+NGPU} ${NUM_WORKERS:+NUM_WORKERS}; do
     [[ ${!name} =~ ^(0|[1-9][0-9]*)$ ]] || fail "--${name,,} '${!name}' is not a whole number"
   done

@@ -501,6 +501,23 @@ def test_no_space_left_is_one_line_and_leaves_nothing_half_written(recipe, tmp_p
         subprocess.run(["umount", disk], check=True)
 
 
+def test_a_folder_of_results_that_cannot_be_written_is_one_line(recipe, tmp_path):
+    (tmp_path / "file").touch()
+    folder = tmp_path / "folder"
+    folder.mkdir(mode=0o555)
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "none", folder]
+    if os.geteuid() == 0 and subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("root may write anywhere here")
+    try:
+        for path in (folder, tmp_path / "file"):
+            done = recipe(-1, exp_output=path)
+            assert done.stderr == f"error: --exp_output {path} is no folder that may be written\n"
+            assert done.returncode == 2
+    finally:
+        if os.geteuid() == 0:
+            subprocess.run(["umount", folder], check=True)
+
+
 def test_with_online_channel_no_simulated_training_audio_is_written(recipe):
     for value, wanted in ((0, [False] * 5), (1, [True] + [False] * 4)):
         recipe.forget_calls()
