@@ -83,6 +83,8 @@ check_options() {  # all that can be checked before anything is done
   for name in REAL_SHARE WIDEBAND_REPLAY NO_SPEECH_SHARE SIMULATED_SHARE MAX_REJECT_RATIO MAX_WIDEBAND_LOSS; do
     [[ ${!name} =~ ^[0-9]*\.?[0-9]+$ ]] || fail "--${name,,} '${!name}' is not a number of at least 0"
   done
+  [[ $MAX_REJECT_RATIO =~ ^(0*(\.[0-9]+)?|0*1(\.0+)?)$ ]] || fail "--max_reject_ratio $MAX_REJECT_RATIO is over 1"
+  [[ ${NUM_WORKERS:-1} != 0 ]] || fail "--num_workers 0: at least 1 has to work"
   for value in $ALPHAS; do
     [[ $value =~ ^(0?\.[0-9]+|1|1\.0*)$ ]] || fail "--alphas '$ALPHAS': expected numbers over 0, up to 1"
   done

@@ -147,6 +147,8 @@ def test_usage_lists_every_option_with_its_comment(repository, arguments):
         (["1", "--seed", "18446744073709551617"], "--seed 18446744073709551617 is over"),
         (["1", "--master_port", "65536"], "--master_port 65536 is over 65535"),
         (["1", "--real_share", "-1"], "--real_share '-1' is not a number"),
+        (["0", "--max_reject_ratio", "1.5"], "--max_reject_ratio 1.5 is over 1"),
+        (["0", "--num_workers", "0"], "--num_workers 0: at least 1"),
         (["1", "--force", "yes"], "--force 'yes': expected true false"),
         (["1", "--text_style", "sung"], "--text_style 'sung': expected written spoken"),
         (["1", "--frontend_fs", "44100"], "--frontend_fs '44100': expected 16000 8000"),
