@@ -173,7 +173,7 @@ def check_room(model: torch.nn.Module, config: dict[str, Any], output_dir: Path,
     if (free := shutil.disk_usage(folder).free) < need:
         raise UserError(f"{folder}: {free / 2**30:.1f} GiB free, the checkpoints take {need / 2**30:.1f}; lower "
                         "train_conf.keep_nbest_models or free space")  # fmt: skip
-    by_length = dataset.get("batch_type") != "example"
+    by_length = dataset.get("batch_type", "example") != "example"
     batch = max(longest, dataset["batch_size"] * (1 if by_length else longest))
     memory = gpu_bytes(model, config, batch, longest)
     logging.info("%.2f M parameters trained; checkpoints take %.2f GiB at most; about %.1f GiB of GPU memory",
