@@ -1,11 +1,13 @@
 # Short names for what the recipe does. Options are variables: `make stage1 REAL_SHARE=0.2`, `make demo SEED=1`;
 # CONFIG=my.conf is a file of them.
 # `make help` lists the targets; `bash run_experiment.sh` without arguments lists the options.
-ifdef CONFIG
-EXP_OUTPUT ?= $(shell bash -c 'source local/parse_options.sh; parse_options 0 --config "$$1"; echo "$$EXP_OUTPUT"' make \
-  '$(CONFIG)')
-endif
 ifeq ($(strip $(EXP_OUTPUT)),)  # not `?=`: of one that is set and empty, `make clean` would remove /demo
+ifdef CONFIG
+override EXP_OUTPUT := $(shell bash -c 'source local/parse_options.sh; unset EXP_OUTPUT; parse_options 0 --config "$$1"; \
+  echo "$$EXP_OUTPUT"' make '$(subst ','\'',$(CONFIG))')
+endif
+endif
+ifeq ($(strip $(EXP_OUTPUT)),)
 override EXP_OUTPUT := exp_output
 endif
 SEED ?= 0

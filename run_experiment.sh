@@ -186,7 +186,7 @@ stage_4() {
 
 evaluate() {
   local points=$EVAL/checkpoints base="$MODEL_DIR/model.pt" alpha models=()
-  rm -rf "$points" "$EVAL"/*.json  # of earlier options
+  rm -rf "$points" "$EVAL"/*.json "$EVAL/scores.txt"  # of earlier options
   local mix=("$PYTHON" local/final_model.py mix --base "$base" --adapted "${STEPS[2]}")
   for alpha in $ALPHAS; do
     "${mix[@]}" --alpha "$alpha" --output "$points/alpha_$alpha.pt"

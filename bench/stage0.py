@@ -54,7 +54,7 @@ def run(helper: str, **options: object) -> np.ndarray:
 def spoken(count: int, seconds: float, rate: int) -> Iterator[np.ndarray]:
     """Recordings of the same voices, each cut at another place."""
     with open_espeak() as speak:
-        voices = np.concatenate([speak(TEXT, voice, 160, 50) for voice in ("m1", "f1", "m3", "f2", "m4", "f4")])
+        voices = np.concatenate([speak(TEXT, voice, 160, 50) for voice in ("m1", "f1", "m3", "steph", "m4", "f4")])
     samples = 0.5 * resample(voices, 22050, rate)
     for number in range(count):
         yield np.resize(np.roll(samples, -7919 * number), round(seconds * rate))

@@ -162,9 +162,10 @@ def bench_decoding(corpus: Path, folder: Path, args: argparse.Namespace) -> dict
             )  # fmt: skip
             self.fs = self.auto_model.kwargs["frontend"].fs
 
-        def decode(self, messages: list, **options: Any) -> list[str]:
+        def decode(self, messages: list, limits: list[int], **options: Any) -> list[str]:
             infer = self.auto_model.model.inference_llm
-            return [infer([given], key=["utterance"], **options)[0][0]["text"] for given in messages]
+            return [infer([given], key=["utterance"], max_length=limit, **options)[0][0]["text"]
+                    for given, limit in zip(messages, limits, strict=True)]
 
     conf = inference.read_conf(ROOT / "conf" / "decode.yaml")
     rows = [json.loads(line) for line in corpus.read_text("utf-8").splitlines()]

@@ -22,6 +22,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -141,20 +142,29 @@ def speak_apart(text: str, voice: str, rate: int, pitch: int) -> np.ndarray:
     """Speak in a process of its own: what espeak-ng says depends on what it has said before, even after a restart."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     # Forked, so that nothing is imported again.
-    child = multiprocessing.get_context("fork").Process(target=_speak_into, args=(sender, text, voice, rate, pitch))
+    child = multiprocessing.get_context("fork").Process(
+        target=_speak_into, args=(receiver, sender, text, voice, rate, pitch)
+    )
     child.start()
     sender.close()
     try:
-        return receiver.recv()
-    except EOFError as error:
-        raise UserError(f"espeak-ng could not speak {text!r} as cmn+{voice}; the lines above say why") from error
-    finally:
-        child.join()
+        said = receiver.recv()
+    except EOFError:
+        said = UserError(f"espeak-ng could not speak {text!r} as cmn+{voice}; the lines above say why")
+    child.join()
+    if isinstance(said, UserError):
+        raise said
+    return said
 
 
-def _speak_into(sender: multiprocessing.connection.Connection, *sentence: Any) -> None:
-    with open_espeak() as speak:
-        sender.send(speak(*sentence))
+def _speak_into(receiver: Connection, sender: Connection, *sentence: Any) -> None:
+    receiver.close()  # or the child of a killed parent would wait for ever for somebody to listen
+    with contextlib.suppress(KeyboardInterrupt):  # the parent says it
+        try:
+            with open_espeak() as speak:
+                sender.send(speak(*sentence))
+        except UserError as error:
+            sender.send(error)
 
 
 @contextlib.contextmanager

@@ -133,7 +133,7 @@ def check_rows(path: Path, dataset: dict[str, Any], fs: int) -> int:
         try:
             key, speech, text = row["key"], row["speech_length"], row["text_length"]
             audio, said = AUDIO.search(row["messages"][1]["content"]).group(1), row["messages"][2]["content"]
-            online = row.get("channel", {}).get("online")
+            online = (row.get("channel") or {}).get("online")
         except (KeyError, IndexError, AttributeError, TypeError) as error:
             raise UserError(f"{path}:{number}: no formatted row (key, messages, lengths); run stage 0") from error
         if key in keys:

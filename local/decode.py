@@ -18,6 +18,7 @@ import os
 import re
 import shlex
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,13 @@ def read_test_set(path: str) -> list[dict[str, Any]]:
     return rows
 
 
+def hash_audio(rows: list[dict[str, Any]]) -> str:
+    """Sizes and times of the rows' audio: another channel or cut of a call leaves the row as it is."""
+    stamps = [(os.path.getsize(path), os.stat(path).st_mtime_ns) if os.path.isfile(path) else None
+              for path in (parse_row(row)["audio"] for row in rows)]
+    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
+
+
 def main() -> None:
     args = get_args()
     checkpoints, test_sets = named(args.checkpoint, "--checkpoint"), named(args.test_set, "--test_set")
@@ -144,13 +152,15 @@ def main() -> None:
         if not os.path.isfile(path):
             raise UserError(f"--checkpoint {model}: {path} does not exist; run the stage that writes it", code=2)
     sets = {name: read_test_set(path) for name, path in test_sets.items()}
+    made_with = {name: version(name) for name in ("funasr", "torch", "transformers")}
+    made_with["code_hash"] = [file_hash(path) for path in sorted(Path(__file__).parent.glob("nano/*.py"))]
     for model, path in checkpoints.items():
         weights, loaded = file_hash(path), False
         for test_set, rows in sets.items():
-            record = {
+            record = made_with | {
                 "model": model, "test_set": test_set, "checkpoint_hash": weights, "frontend_fs": args.frontend_fs,
                 "conf": conf, "data_hash": file_hash(test_sets[test_set]),
-                "config_hash": file_hash(model_dir / "config.yaml"),
+                "config_hash": file_hash(model_dir / "config.yaml"), "audio_hash": hash_audio(rows),
             }
             fingerprint = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:16]
             record |= {"fingerprint": fingerprint, "checkpoint": path, "utterances": len(rows),

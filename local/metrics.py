@@ -110,24 +110,23 @@ def rate(errors: np.ndarray, lengths: np.ndarray) -> float | None:
 
 
 def read_keywords(path: str | os.PathLike, chinese_numerals: bool = False) -> dict[str, re.Pattern]:
-    """Read a keyword list: one a line, other spellings after `|`, `#` starts a comment.
+    """Read a keyword list: one a line, other spellings after `|`, `#` starts a comment; lines of one keyword are one.
 
     Returns, by the first spelling, a pattern that finds any of its spellings in text normalised with the same
     `chinese_numerals`.
     """
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist; give a keyword list with --keywords", code=2)
-    patterns, named = {}, set()
+    names: dict[str, str] = {}
+    found: dict[str, set[str]] = {}
     for line in read_lines(path):
         line = line.replace("＃", "#").replace("｜", "|")
         spellings = [part.strip() for part in line.split("#")[0].split("|") if normalise(part)]
         if spellings:
-            if (name := normalise(spellings[0], chinese_numerals)) in named:
-                raise UserError(f"{path}: {spellings[0]} is on two lines; put its spellings on one", code=2)
-            named.add(name)
-            longest_first = sorted((normalise(part, chinese_numerals) for part in spellings), key=len, reverse=True)
-            patterns[spellings[0]] = re.compile("|".join(map(_spelling, longest_first)))
-    return patterns
+            normalised = [normalise(part, chinese_numerals) for part in spellings]
+            found.setdefault(names.setdefault(normalised[0], spellings[0]), set()).update(normalised)
+    longest_first = {name: sorted(parts, key=lambda part: (-len(part), part)) for name, parts in found.items()}
+    return {name: re.compile("|".join(map(_spelling, parts))) for name, parts in longest_first.items()}
 
 
 def _spelling(word: str) -> str:

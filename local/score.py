@@ -188,6 +188,8 @@ def main() -> None:
         raise UserError(f"--conf {args.conf}: {error!r}; want {wanted}", code=2) from error
     keywords = metrics.read_keywords(args.keywords, chinese_numerals) if args.keywords else {}
     scored = [Scored(rows, keywords, chinese_numerals) for rows in read_transcripts(args.transcripts, args.models)]
+    if not scored:
+        raise UserError(f"--transcripts {args.transcripts} has none of --models {' '.join(args.models)}", code=2)
     # Models in the order of the training, the test set without speech last.
     scored.sort(key=lambda one: (
         one.test_set == "no_speech", one.test_set, one.model != "base", one.model == "final", one.model

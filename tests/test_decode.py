@@ -14,7 +14,7 @@ import soundfile
 import torch
 
 from common import UserError, read_jsonl, write_jsonl
-from decode import named, transcript, utterance
+from decode import named, parse_row, transcript, utterance
 from miniature import build_folder
 from nano.inference import Recogniser, batches, read_conf
 
@@ -225,6 +225,8 @@ def test_unchanged_transcripts_are_kept_and_changed_weights_decoded_again(model_
     assert "base.real_test.jsonl: up to date" in again.stderr
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.jsonl")}
     assert [name for name in before if before[name] != after[name]] == ["own.real_test.jsonl"]
+    os.utime(parse_row(test_set[1][0])["audio"])  # as when stage 0 took another channel of the call
+    assert "up to date" not in helper(*command).stderr
 
 
 def test_the_mark_of_silence_is_no_text_in_a_reference(test_set):
@@ -316,6 +318,9 @@ def test_the_mix_is_chosen_on_dev_and_without_p_values(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / "choice.json").read_text("utf-8"))["alpha"] == alpha
+    done = helper(sys.executable, "local/score.py", "--transcripts", tmp_path / "t", "--models", "last",
+                  "--output", tmp_path / "none.json")  # fmt: skip
+    assert done.returncode == 2 and "has none of --models last" in done.stderr and done.stderr.count("\n") == 1
     summary = json.loads((tmp_path / "dev_summary.json").read_text("utf-8"))
     assert all(row["p_value"] is None for row in summary)
 

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import metrics
-from common import UserError
 
 
 def cer(reference, hypothesis):
@@ -109,10 +108,11 @@ def test_keywords_are_matched_as_a_multiset(tmp_path):
     assert kwer(metrics.read_keywords(tmp_path / "wide.txt"), "逾期了", "预期了") == (1, 1, 1)
 
 
-def test_a_keyword_on_two_lines_is_refused(tmp_path):
-    (tmp_path / "k.txt").write_text("APP\n逾期\napp|应用\n", "utf-8")
-    with pytest.raises(UserError, match="app is on two lines"):
-        metrics.read_keywords(tmp_path / "k.txt")
+def test_a_keyword_on_two_lines_is_one(tmp_path):
+    (tmp_path / "k.txt").write_text("逾期|预期\nAPP\n逾期|愈期\napp|应用\n", "utf-8")
+    keywords = metrics.read_keywords(tmp_path / "k.txt")
+    assert list(keywords) == ["逾期", "APP"]
+    assert kwer(keywords, "逾期预期愈期，用app应用", "") == (5, 0, 0)
 
 
 def test_rate_of_nothing_is_none():

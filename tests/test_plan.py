@@ -78,9 +78,13 @@ def test_the_commands_of_a_plan_are_those_of_its_environment(corpus, monkeypatch
     assert f"\nmake status EXP_OUTPUT={corpus}/exp\n" in told
 
 
-def test_make_takes_the_folder_of_the_results_from_the_config(tmp_path):
-    (tmp_path / "my.conf").write_text('EXP_OUTPUT="/some where/exp"\n')
-    command = ["make", "-n", "status", f"CONFIG={tmp_path}/my.conf"]
+def test_make_takes_the_folder_of_the_results_from_the_config(tmp_path, monkeypatch):
+    config = tmp_path / "somebody's own" / "my.conf"
+    config.parent.mkdir()
+    config.write_text('EXP_OUTPUT="/some where/exp"\n')
+    command = ["make", "-n", "status", f"CONFIG={config}"]
+    assert '--output_root "/some where/exp"' in subprocess.check_output(command, cwd=ROOT, text=True)
+    monkeypatch.setenv("EXP_OUTPUT", "")
     assert '--output_root "/some where/exp"' in subprocess.check_output(command, cwd=ROOT, text=True)
     assert '--output_root "/other"' in subprocess.check_output([*command, "EXP_OUTPUT=/other"], cwd=ROOT, text=True)
 
@@ -92,7 +96,7 @@ def test_make_clean_of_an_empty_folder_is_that_of_the_default(tmp_path, monkeypa
     name, _, value = given.partition("=")
     monkeypatch.setenv(name, value and str(tmp_path / value))
     cleaned = subprocess.check_output(["make", "-n", "clean"], cwd=ROOT, text=True)
-    assert cleaned.startswith('rm -rf "exp_output/demo" ')
+    assert 'rm -rf "exp_output/demo" ' in cleaned
 
 
 def test_online_the_simulated_training_audio_is_not_written(corpus, monkeypatch, capsys):

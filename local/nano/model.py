@@ -3,7 +3,7 @@
 Importing this module registers the class under FunASR's own name, so a model folder's `model: FunASRNano` builds it.
 What differs from funasr/models/fun_asr_nano/model.py (1.4.16):
   * `forward` adds ctc_weight x CTC loss (encoder -> ctc_decoder -> ctc); upstream has none, so CTC weights never moved;
-  * SpecAugment leaves a row alone that it would take a quarter of: upstream's masks know nothing of its length;
+  * SpecAugment leaves a row alone that it would take over a quarter of: upstream's masks know nothing of lengths;
   * frozen modules stay in eval mode when the trainer calls train(): upstream turned their dropout on;
   * LoRA parameters are fp32 beside a bf16 LLM: in bf16 steps of 1e-5 are rounded away;
   * logits are computed where a label is, not at all positions x 151,936 symbols. Same loss, less memory;

@@ -8,7 +8,7 @@ Set as `funasr.bin.train_ds.Trainer` by local/train.py. What differs from funasr
   * the loss of an epoch is that of all its steps, those before a resume too; its last step is logged;
   * the dataset is told the epoch before its workers start: a channel drawn online depends on it;
   * dataset_conf.batch_size is made to fit the GPU's memory;
-  * the last batches of an epoch, fewer than accum_grad, still make a step; upstream forgets their gradients;
+  * the last batches of an epoch, fewer than accum_grad, still make a step, but with DeepSpeed; upstream forgets them;
   * early stopping counts on after a resume, from what the checkpoint says; upstream starts anew;
   * the average of the best checkpoints takes frozen tensors from the initial checkpoint: averaging rounds them;
   * it counts how often each row was used in an epoch, and run.json says so ("rows_used").
