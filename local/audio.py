@@ -117,14 +117,14 @@ def is_narrow_band(samples: np.ndarray, rate: int) -> bool:
     return bool(power[edge:].sum() <= 10**-4.5 * power[:edge].sum())
 
 
-def file_name(key: str, suffix: str = ".flac") -> str:
+def file_name(key: str, suffix: str = ".flac", letters: str = "A-Za-z0-9") -> str:
     """A file name for any key: the key itself where that is safe, else a readable part and a hash of the whole.
 
     A name with a hash has a `~`, which no safe key has, so that two keys never share a file.
     """
     if SAFE.fullmatch(key):
         return key + suffix
-    readable = re.sub(r"[^A-Za-z0-9-]+", "_", key)[:40].strip("_-")
+    readable = re.sub(rf"[^{letters}-]+", "_", key)[:40].strip("_-")
     return f"{readable}~{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()[:20]}{suffix}"
 
 

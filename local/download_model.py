@@ -135,7 +135,13 @@ def check_tokenizer(folder: str) -> None:
 
 def main() -> None:
     args = get_args()
-    found = check_model(find_model(args.model))
+    folder = find_model(args.model)
+    try:
+        found = check_model(folder)
+    except UserError as error:
+        if Path(args.model).expanduser().is_dir():
+            raise
+        raise UserError(f"{error}. Remove {folder} before, or it is found again", error.code) from error
     write_json(args.output / "check.json", found)
     with atomic_write(args.output / "model_dir.txt") as file:
         file.write(found["model_dir"] + "\n")

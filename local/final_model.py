@@ -119,7 +119,7 @@ def check_loads(folder: Path) -> None:
             raise UserError(f"{folder}: FunASR did not load {name}; is the model folder complete? run stage -1 again")
 
 
-def model_card(args: argparse.Namespace, summary: list[dict[str, Any]]) -> str:
+def model_card(args: argparse.Namespace, summary: list[dict[str, Any]], model: Path) -> str:
     """A model card out of the scores and the run records of the training stages."""
     lines = [
         f"# Model card: {args.output.name}", "",
@@ -145,7 +145,7 @@ def model_card(args: argparse.Namespace, summary: list[dict[str, Any]]) -> str:
         facts = ", ".join(f"{name} {record.get(name)}" for name in ("rows_per_epoch", "seed", "commit"))
         lines.append(f"- {path.parent.name}: {facts}")
     lines += [
-        f"- checkpoint {args.checkpoint.name}, sha256 {file_hash(args.checkpoint)}…; frontend at {args.frontend_fs} Hz",
+        f"- model.pt, sha256 {file_hash(model)}…, is {args.checkpoint.name}; frontend at {args.frontend_fs} Hz",
         "", "## Limits", "",
         "- The numbers hold for calls like those of the test sets. Other lines, handsets, dialects and topics differ.",
         "- It can write text where nobody speaks (the last column) and can repeat itself; guard against both.", "",
@@ -169,7 +169,7 @@ def export(args: argparse.Namespace) -> None:
         readme = README.format(name=args.output.name, fs=args.frontend_fs, style=args.text_style, itn=itn,
                                funasr=version("funasr"), server="" if itn else SERVER_NOTE)
         (part / "README.md").write_text(readme, "utf-8")
-        (part / "MODEL_CARD.md").write_text(model_card(args, summary), "utf-8")
+        (part / "MODEL_CARD.md").write_text(model_card(args, summary, part / "model.pt"), "utf-8")
         if args.output.exists():
             shutil.rmtree(args.output)
         part.rename(args.output)

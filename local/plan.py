@@ -175,7 +175,9 @@ def sections(options: dict[str, str], given: list[str]) -> Iterator[str]:
         total = sum(hours(lengths) * decoded.get(split, 0) for (_, split), lengths in sets.items())
         yield "\nBatches are those of one process; a GPU that is too small for them gets smaller ones. What several"
         yield "GPUs gain is not measured."
-        yield f"Stage 4 decodes {total:.2f} hours: {time_of(bench, 'decoding', model, total, 0)}.\n"
+        yield f"Stage 4 decodes {total:.2f} hours: {time_of(bench, 'decoding', model, total, 0)}."
+        # Mixtures and the final model, which stage 5 exports.
+        yield f"Stages 4 and 5 keep {2 + len(options['ALPHAS'].split())} models of model.pt's size, more in fp32.\n"
     else:
         yield "\nParameters, batches, memory, disk and time: run stage -1 first, which gets the model.\n"
     words = shlex.join(given)

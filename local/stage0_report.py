@@ -191,12 +191,16 @@ def draw(parts: Iterable[Part], picture: Path) -> None:
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots(1, 2)
+    colours: dict[str, str] = {}
     for part in parts:
+        corpus, _, split = part.name.partition("/")
+        style = {"train": "-", "dev": "--", "test": ":"}.get(split, "-")
         files = [audio_path(row) for row in progress(part.sample, len(part.sample), f"levels {part.name}")]
         levels = [audio.rms_level(audio.read(path)[0].astype(np.float64)) for path in files]
-        options = {"histtype": "step", "density": True, "label": part.name}
+        options = {"histtype": "step", "density": True, "label": part.name, "linestyle": style,
+                   "color": colours.setdefault(corpus, f"C{len(colours)}")}  # fmt: skip
         axes[0].hist(np.array(part.frames) / 100, bins=60, **options)
-        axes[1].hist(levels, bins=np.arange(-80, 1, 2), **options)
+        axes[1].hist(np.clip(levels, -80, 0), bins=np.arange(-80, 1, 2), **options)
     axes[0].set(title="Length", xlabel="seconds", ylabel="density")
     axes[1].set(title=f"Level (at most {SAMPLE} files each)", xlabel="RMS, dBov", ylabel="density")
     axes[0].legend(fontsize="small")

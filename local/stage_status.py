@@ -180,6 +180,14 @@ def error_rates(root: str) -> dict[str, str]:
     return {model: ", ".join(rates) for model, rates in found.items()}
 
 
+def lives(pid: int, began: float) -> bool:
+    """Whether the process that wrote a marker at `began` still runs, and not another one under its number."""
+    try:
+        return bool(pid) and psutil.Process(pid).create_time() < began + 60  # clocks are set now and then
+    except psutil.NoSuchProcess:
+        return False
+
+
 def show(root: str) -> str:
     """The state of every stage, and how each training goes, as Markdown tables."""
     lines = [
@@ -191,7 +199,7 @@ def show(root: str) -> str:
         marker = read_marker(root, stage) or {"state": "not run", "time": "", "pid": 0}
         started, host = marker["state"] == "started", marker.get("host", socket.gethostname())
         elsewhere = started and host != socket.gethostname()  # where its process number says nothing
-        running = elsewhere or (started and bool(marker["pid"]) and psutil.pid_exists(marker["pid"]))
+        running = elsewhere or (started and lives(marker["pid"], marker["began"]))
         stopped = marker["state"].replace("started", "stopped; run it again")
         state = f"started on {host}" if elsewhere else "running" if running else stopped
         models = ("base", "final") if stage == 4 else (f"stage{stage}",)

@@ -79,7 +79,7 @@ def read_hotwords(given: str) -> list[str]:
     is_file = os.path.isfile(given)
     if not is_file and (given.startswith(("/", "./", "../", "~")) or given.endswith(".txt")):
         raise UserError(f"--hotwords {given} is no file; correct the path, or give the words themselves", code=2)
-    lines = read_lines(given) if is_file else given.replace("，", ",").split(",")
+    lines = read_lines(given) if is_file else re.split("[,，、;；]", given)
     words = [re.split("[#＃|｜]", line)[0].strip() for line in lines]
     return [word for word in words if word]
 
@@ -152,13 +152,25 @@ def transcribe(
     }
 
 
-def read_kept(path: Path, made_of: str) -> dict[str, Any] | None:
-    """The transcript of an earlier run, where it is whole and made of the same; else None."""
+def identify(path: Path) -> str:
+    """Hash of a recording. AudioError for one that is not there or may not be read, or whose name is not UTF-8."""
     try:
-        dialogue = json.loads(path.read_text("utf-8"))
-        return dialogue if dialogue["made_of"] == made_of else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        str(path).encode()
+        return file_hash(path)
+    except UnicodeEncodeError as error:
+        detail = f"{path!r}: a name that is not UTF-8; convmv -f GB18030 -t UTF-8 --notest renames it"
+        raise audio.AudioError("audio_unreadable", detail) from error
+    except OSError as error:
+        raise audio.AudioError("audio_unreadable", f"{path}: {error.strerror}") from error
+
+
+def read_kept(path: Path) -> dict[str, Any]:
+    """The transcript that an earlier run left there, where it is whole; else nothing."""
+    try:
+        kept = json.loads(path.read_text("utf-8"))
+        return kept if {"audio", "segments", "channels"} <= kept.keys() else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def as_text(dialogue: dict[str, Any]) -> str:
@@ -184,14 +196,16 @@ def main() -> None:
     settings = [file_hash(weights), file_hash(config), hotwords, conf, VAD]
     recogniser, vad, failed = None, None, []
     for name, path in progress(recordings.items(), len(recordings), "recordings"):
-        stem = args.output_dir / audio.file_name(name, "")
+        stem = args.output_dir / audio.file_name(name, "", letters=r"\w")
         output, text_output = (stem.with_name(stem.name + suffix) for suffix in (".json", ".txt"))
         try:
-            if not path.is_file():
-                raise audio.AudioError("audio_missing", f"{path} does not exist")
-            made_of = hashlib.sha256(json.dumps([file_hash(path), *settings]).encode()).hexdigest()[:16]
-            dialogue = read_kept(output, made_of)
+            made_of = hashlib.sha256(json.dumps([identify(path), *settings]).encode()).hexdigest()[:16]
+            kept = read_kept(output)
+            dialogue = kept if kept.get("made_of") == made_of else None
             if dialogue is None:
+                if kept.get("audio", str(path)) != str(path):
+                    raise audio.AudioError("taken", f"{output} is the transcript of {kept['audio']}; "
+                                           "give another --output_dir")  # fmt: skip
                 if recogniser is None:
                     recogniser, vad = Recogniser(args.model_dir, conf["device"], conf["dtype"]), load_vad()
                 dialogue = transcribe(path, recogniser, vad, recogniser.prompt(hotwords), conf)

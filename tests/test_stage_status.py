@@ -200,6 +200,14 @@ def test_status_shows_the_state_of_every_stage(experiment):
     assert not trainings
 
 
+def test_a_process_number_that_is_in_use_again_is_not_taken_for_the_stage(experiment):
+    stage_status.start(str(experiment), 2, facts(experiment), pid=os.getpid())
+    path = experiment / "status/stage2.json"
+    marker = json.loads(path.read_text())
+    path.write_text(json.dumps(marker | {"began": marker["began"] - 86400}))
+    assert tables(experiment)[0]["2"][2] == "stopped; run it again"
+
+
 def test_status_on_another_machine_does_not_call_a_training_stopped(experiment):
     stage_status.start(str(experiment), 2, facts(experiment), pid=os.getpid())
     path = experiment / "status/stage2.json"

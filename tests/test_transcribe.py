@@ -1,6 +1,7 @@
 """A call becomes a dialogue: what is said, by whom and when, whatever the recording is, with the prompt asked for."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import soundfile
 import torch
 
+import audio
 import transcribe
 from common import UserError
 from miniature import build_folder
@@ -162,7 +164,7 @@ def test_hot_words_and_way_of_writing_reach_the_model_as_funasr_itself_would_sen
 def test_hot_words_come_from_the_line_or_from_a_keyword_list(tmp_path):
     (tmp_path / "words.txt").write_text("# comment\n逾期｜预期\n退款  # often\n\n", "utf-8")
     assert transcribe.read_hotwords(str(tmp_path / "words.txt")) == ["逾期", "退款"]
-    assert transcribe.read_hotwords("逾期, 退款，账单,") == ["逾期", "退款", "账单"]
+    assert transcribe.read_hotwords("逾期, 退款，账单、利息；,") == ["逾期", "退款", "账单", "利息"]
     assert transcribe.read_hotwords("") == [] and transcribe.read_hotwords("TCP/IP") == ["TCP/IP"]
     with pytest.raises(UserError, match="is no file"):
         transcribe.read_hotwords(str(tmp_path / "word.txt"))
@@ -225,14 +227,28 @@ def test_a_folder_is_transcribed_broken_files_are_named_and_a_second_run_keeps_w
     assert helper(*command).returncode == 0 and (out / "good.wav.json").stat().st_mtime_ns == written
     for damaged in (b"", b'{"made_of": "\xff', b"[]", b"{}"):
         (out / "good.wav.json").write_bytes(damaged)
-        assert transcribe.read_kept(out / "good.wav.json", dialogue["made_of"]) is None
+        assert transcribe.read_kept(out / "good.wav.json") == {}
     assert helper(*command, "--hotwords", "退款").returncode == 0  # another prompt: transcribed again
     again = json.loads((out / "good.wav.json").read_text("utf-8"))
     assert again["hotwords"] == ["退款"] and (out / "good.wav.json").stat().st_mtime_ns != written
+    (tmp_path / "others").mkdir()
+    soundfile.write(tmp_path / "others/good.wav", join(spoken[1:])[0], 8000)
+    other = helper("--audio", tmp_path / "others", *command[2:])
+    assert other.returncode == 1 and f"good.wav.json is the transcript of {calls}/good.wav" in other.stderr
+
+
+def test_a_recording_that_may_not_be_read_or_named_is_an_error_of_its_own(tmp_path):
+    named = tmp_path / os.fsdecode("通话.wav".encode("gb18030"))
+    named.touch()
+    for path, reason in ((named, "not UTF-8"), (tmp_path / "none.wav", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(audio.AudioError, match=reason) as caught:
+            transcribe.identify(path)
+        str(caught.value).encode()
+    assert audio.file_name("客户/张三.wav", "", letters=r"\w").startswith("客户_张三_wav~")
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--audio", "/nowhere.wav", "--model_dir", "conf"], "/nowhere.wav does not exist"),
+    (["--audio", "/nowhere.wav", "--model_dir", "conf"], "--audio /nowhere.wav does not exist"),
     (["--audio", "conf", "--model_dir", "conf"], "holds no recordings"),
     (["--audio", "README.md", "--model_dir", "conf"], "run stage 5 first"),
 ])
