@@ -100,6 +100,16 @@ def test_a_half_downloaded_folder_is_not_taken_for_the_model(no_hub, monkeypatch
         download_model.find_model(MODEL)
 
 
+def test_a_damaged_folder_in_a_cache_is_named_with_what_to_do(no_hub, monkeypatch):
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(no_hub))
+    damaged = no_hub / "models" / MODEL
+    damaged.mkdir(parents=True)
+    for file in ("config.yaml", "model.pt"):
+        (damaged / file).touch()
+    done = run_helper(MODEL, no_hub / "out")
+    assert done.returncode == 1 and f"Remove {damaged} before, or it is found again" in done.stderr
+
+
 def test_without_a_network_one_line_says_what_to_do_elsewhere(no_hub):
     start = time.monotonic()
     done = run_helper(MODEL, no_hub / "out")
