@@ -204,8 +204,8 @@ def main() -> None:
             dialogue = kept if kept.get("made_of") == made_of else None
             if dialogue is None:
                 if kept.get("audio", str(path)) != str(path):
-                    raise audio.AudioError("taken", f"{output} is the transcript of {kept['audio']}; "
-                                           "give another --output_dir")  # fmt: skip
+                    detail = f"{output} is the transcript of {kept['audio']}; give another --output_dir"
+                    raise audio.AudioError("duplicate_key", detail)
                 if recogniser is None:
                     recogniser, vad = Recogniser(args.model_dir, conf["device"], conf["dtype"]), load_vad()
                 dialogue = transcribe(path, recogniser, vad, recogniser.prompt(hotwords), conf)
