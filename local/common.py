@@ -136,6 +136,15 @@ def file_hash(path: str | os.PathLike) -> str:
     return digest.hexdigest()[:16]
 
 
+def file_stamp(path: str | os.PathLike) -> list[int]:
+    """Size and time of a file; of a missing one, -1."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return [-1, -1]
+    return [found.st_size, found.st_mtime_ns]
+
+
 def parallel(
     function: Callable, items: Iterable, num_workers: int, dask_scheduler: str | None = None, batch_size: int = 16
 ) -> Iterator:

@@ -32,7 +32,18 @@ from typing import Any
 import numpy as np
 
 import audio
-from common import UserError, atomic_write, batches, file_hash, parallel, progress, run, write_json, write_jsonl
+from common import (
+    UserError,
+    atomic_write,
+    batches,
+    file_hash,
+    file_stamp,
+    parallel,
+    progress,
+    run,
+    write_json,
+    write_jsonl,
+)
 from corpus import Entry, check_row, count_rows, hash_share, open_ledger, read_rows, segment, unique
 from telephone import filters, noise
 from telephone.channel import apply, draw, load_config
@@ -128,12 +139,12 @@ def simulate_part(job: Job, numbered: tuple[int, list[Entry]]) -> str:
     _keep_freed_memory()
     index, entries = numbered
     part = Path(job["parts"]) / f"{index:06d}.json"
-    stamps = [_stamp(entry.row["source"]) for entry in entries if entry.row and "source" in entry.row]
+    stamps = [file_stamp(entry.row["source"]) for entry in entries if entry.row and "source" in entry.row]
     identity = hashlib.sha256(json.dumps([job["identity"], entries, stamps]).encode()).hexdigest()
     if part.is_file():
         done = json.loads(part.read_text(encoding="utf-8"))
         same = done["identity"] == identity
-        if same and done["sizes"] == [_stamp(row["source"])[0] for _, row, *_ in done["entries"] if row]:
+        if same and done["sizes"] == [file_stamp(row["source"])[0] for _, row, *_ in done["entries"] if row]:
             return str(part)
         part.unlink()
     done = []
@@ -144,7 +155,7 @@ def simulate_part(job: Job, numbered: tuple[int, list[Entry]]) -> str:
             except audio.AudioError as error:
                 entry = Entry(entry.given, None, error.reason, str(error))
         done.append(entry)
-    sizes = [_stamp(entry.row["source"])[0] for entry in done if entry.row]
+    sizes = [file_stamp(entry.row["source"])[0] for entry in done if entry.row]
     with atomic_write(part) as file:  # json.dump is many times slower
         file.write(json.dumps({"identity": identity, "entries": done, "sizes": sizes}, ensure_ascii=False))
     return str(part)
@@ -156,15 +167,6 @@ def _keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 1 << 28)  # M_TRIM_THRESHOLD, in bytes
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the most it takes
-
-
-def _stamp(path: str) -> list[int]:
-    """Size and time of a file; of a missing one, -1."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return [-1, -1]
-    return [found.st_size, found.st_mtime_ns]
 
 
 def read_entries(args: argparse.Namespace) -> Iterator[Entry]:

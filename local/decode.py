@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import audio
-from common import NO_SPEECH, UserError, file_hash, progress, read_jsonl, run, write_json, write_jsonl
+from common import NO_SPEECH, UserError, file_hash, file_stamp, progress, read_jsonl, run, write_json, write_jsonl
 from nano.inference import Recogniser, Utterance, batches, read_conf
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -134,11 +134,9 @@ def read_test_set(path: str) -> list[dict[str, Any]]:
     return rows
 
 
-def hash_audio(rows: list[dict[str, Any]]) -> str:
-    """Sizes and times of the rows' audio: another channel or cut of a call leaves the row as it is."""
-    stamps = [(os.path.getsize(path), os.stat(path).st_mtime_ns) if os.path.isfile(path) else None
-              for path in (parse_row(row)["audio"] for row in rows)]
-    return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
+def short_hash(value: Any) -> str:
+    """SHA-256 of a JSON value, first 16 hex digits."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
 
 
 def main() -> None:
@@ -152,18 +150,20 @@ def main() -> None:
         if not os.path.isfile(path):
             raise UserError(f"--checkpoint {model}: {path} does not exist; run the stage that writes it", code=2)
     sets = {name: read_test_set(path) for name, path in test_sets.items()}
-    made_with = {name: version(name) for name in ("funasr", "torch", "transformers")}
-    made_with["code_hash"] = [file_hash(path) for path in sorted(Path(__file__).parent.glob("nano/*.py"))]
+    # Of the audio sizes and times: another channel or cut of a call leaves its row as it is.
+    hashes = {name: {"data_hash": file_hash(test_sets[name]),
+                     "audio_hash": short_hash([file_stamp(parse_row(row)["audio"]) for row in rows])}
+              for name, rows in sets.items()}  # fmt: skip
+    made_with = {
+        **{name: version(name) for name in ("funasr", "torch", "transformers")},
+        "code_hash": short_hash([file_hash(path) for path in sorted(Path(__file__).parent.glob("nano/*.py"))]),
+        "config_hash": file_hash(model_dir / "config.yaml"), "frontend_fs": args.frontend_fs, "conf": conf,
+    }
     for model, path in checkpoints.items():
         weights, loaded = file_hash(path), False
         for test_set, rows in sets.items():
-            record = made_with | {
-                "model": model, "test_set": test_set, "checkpoint_hash": weights, "frontend_fs": args.frontend_fs,
-                "conf": conf, "data_hash": file_hash(test_sets[test_set]),
-                "config_hash": file_hash(model_dir / "config.yaml"), "audio_hash": hash_audio(rows),
-            }
-            fingerprint = hashlib.sha256(json.dumps(record).encode()).hexdigest()[:16]
-            record |= {"fingerprint": fingerprint, "checkpoint": path, "utterances": len(rows),
+            record = {"model": model, "test_set": test_set, "checkpoint_hash": weights, **hashes[test_set], **made_with}
+            record |= {"fingerprint": short_hash(record), "checkpoint": path, "utterances": len(rows),
                        "command": shlex.join(["python", *sys.argv])}
             output = Path(args.output_dir) / f"{model}.{test_set}.jsonl"
             if is_current(output, record):

@@ -51,7 +51,7 @@ class Trainer(stock.Trainer):
         self.batch_tokens: int | None = None
         self.patience = kwargs.get("early_stopping_patience", 0)
         self.best_val_loss, self.epochs_no_improve, self.idle = float("inf"), 0, False
-        self.loader, self.is_last = None, False
+        self.loader: Any = None
         # Gradients of an accumulation that is not over are in no checkpoint.
         self.save_checkpoint_interval = math.ceil(self.save_checkpoint_interval / self.accum_grad) * self.accum_grad
         # How often each row of the list was used in the running epoch, over all processes, and past epochs' sums.
@@ -141,20 +141,22 @@ class Trainer(stock.Trainer):
 
     def forward_step(self, model, batch, loss_dict=None) -> None:
         """One batch forward; in training, note its rows."""
-        self.is_last = torch.is_grad_enabled() and loss_dict["log_step"] + 1 == len(self.loader)
-        if self.is_last and self.use_ddp:
+        if torch.is_grad_enabled() and self.use_ddp and self._ends_epoch(loss_dict):
             model.require_backward_grad_sync = True  # although upstream goes on accumulating
         super().forward_step(model, batch, loss_dict)
         if torch.is_grad_enabled():
             rows = torch.tensor([item["row"] for item in batch["item"]])
             self.row_uses.index_add_(0, rows, torch.ones(len(rows), dtype=torch.int32))
 
-    def update_step(self, *args: Any, **kwargs: Any) -> None:
+    def update_step(self, model, optim, scheduler, scaler, loss_dict=None) -> None:
         """Step where accum_grad batches, or the epoch's last, have given their gradients."""
         asked = self.accum_grad
-        self.accum_grad = 1 if self.is_last else asked
-        super().update_step(*args, **kwargs)
+        self.accum_grad = 1 if self._ends_epoch(loss_dict) else asked
+        super().update_step(model, optim, scheduler, scaler, loss_dict)
         self.accum_grad = asked
+
+    def _ends_epoch(self, loss_dict: dict[str, Any]) -> bool:
+        return loss_dict["log_step"] + 1 == len(self.loader)
 
     def log(self, loss_dict: dict[str, Any], tag: str = "train", **kwargs: Any) -> None:
         """Log every log_interval steps, and the last of an epoch: its mean is then the epoch's."""
