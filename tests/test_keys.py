@@ -111,13 +111,15 @@ def optimiser(lab, config):
 
 
 def first_update(lab, config):
-    """A weight after one step of plain gradient descent with a gradient of 100."""
+    """A weight after the first of three batches, with a gradient of 100 and plain gradient descent."""
     model = torch.nn.Linear(1, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     model.weight.data.zero_()
     (100 * model.weight.sum()).backward()
     scheduler = SimpleNamespace(step=lambda: None)
-    lab.trainer(config).update_step(model, optimizer, scheduler, None, loss_dict={"batch_idx": 0})
+    trainer = lab.trainer(config)
+    trainer.loader = range(3)
+    trainer.update_step(model, optimizer, scheduler, None, loss_dict={"batch_idx": 0, "log_step": 0})
     return model.weight.item()
 
 
