@@ -36,7 +36,9 @@ VAD_FS = 8000  # the band a call has, so that one threshold serves 8 kHz and up-
 # Its model has only met sentences that begin at once: 50 ms more before them cost as much as all of this.
 VAD = {"threshold": 0.5, "min_speech_duration_ms": 100, "min_silence_duration_ms": 300, "speech_pad_ms": 100,
        "max_speech_duration_s": 30}
-SAME_CHANNEL = 1e-4  # power of the difference of two channels over their own: a mono call recorded twice
+# What the best gain leaves of a mono call recorded twice, at its loudest second: -33 dB with G.711 or MP3 of its own on
+# each channel, -23 dB with Opus. Of two speakers of whom each is 3 dB weaker in the other's channel it leaves -9 dB.
+SAME_CHANNEL = 1e-2
 
 
 def get_args() -> argparse.Namespace:
@@ -85,7 +87,7 @@ def read_hotwords(given: str) -> list[str]:
 
 
 def read_channels(path: Path) -> list[tuple[np.ndarray, int]]:
-    """Samples and rate of every channel; one for a mono call that was recorded on both."""
+    """Samples and rate of every channel; the loudest for a mono call that was recorded on all."""
     channels = [audio.read(path, channel=0)]
     while True:
         try:
@@ -94,9 +96,18 @@ def read_channels(path: Path) -> list[tuple[np.ndarray, int]]:
             if error.reason != "channel_missing":
                 raise
             break
-    first, power = channels[0][0], np.mean(np.square(channels[0][0]))
-    same = all(np.mean(np.square(other - first)) <= SAME_CHANNEL * power for other, _ in channels[1:])
-    return channels[:1] if same else channels
+    if all(is_same(channels[0][0], *other) for other in channels[1:]):
+        return [max(channels, key=lambda channel: np.vdot(channel[0], channel[0]))]
+    return channels
+
+
+def is_same(first: np.ndarray, other: np.ndarray, rate: int) -> bool:
+    """Whether a channel is another but for a gain and a codec's noise; a silent one is not."""
+    gain = np.vdot(first, other) / max(np.vdot(first, first), 1e-20)  # least squares
+    # By the second, or a word that only one channel has would be nothing beside a long call.
+    left, power = (np.add.reduceat(np.square(samples), np.arange(0, len(samples), rate)).max()
+                   for samples in (other - gain * first, other))
+    return bool(left < SAME_CHANNEL * power)
 
 
 @contextlib.contextmanager
@@ -193,7 +204,7 @@ def main() -> None:
     weights, config = args.model_dir / "model.pt", args.model_dir / "config.yaml"
     if not (weights.is_file() and config.is_file()):
         raise UserError(f"--model_dir {args.model_dir} has no model.pt and config.yaml; run stage 5 first", code=2)
-    settings = [file_hash(weights), file_hash(config), hotwords, conf, VAD]
+    settings = [file_hash(weights), file_hash(config), hotwords, conf, VAD, SAME_CHANNEL]
     recogniser, vad, failed = None, None, []
     for name, path in progress(recordings.items(), len(recordings), "recordings"):
         stem = args.output_dir / audio.file_name(name, "", letters=r"\w")

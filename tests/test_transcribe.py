@@ -114,12 +114,24 @@ def test_two_channels_are_two_speakers_of_one_dialogue_in_the_order_of_time(vad,
     assert [re.fullmatch(r"\[0:00:\d\d\.\d\d - 0:00:\d\d\.\d\d\] ([AB]): 好", line)[1] for line in lines] == list("ABA")
 
 
-def test_a_mono_call_that_fills_both_channels_is_transcribed_once(spoken, tmp_path):
-    both = np.stack([spoken[0], spoken[0] + 1e-4], axis=1)
-    soundfile.write(tmp_path / "mono.wav", both, 8000)
-    assert len(transcribe.read_channels(tmp_path / "mono.wav")) == 1
-    soundfile.write(tmp_path / "stereo.wav", np.stack([spoken[0], 0 * spoken[0]], axis=1), 8000)
-    assert len(transcribe.read_channels(tmp_path / "stereo.wav")) == 2
+def test_a_mono_call_that_fills_both_channels_is_transcribed_once_and_two_speakers_are_two(spoken, tmp_path):
+    agent, client = (join(piece, pause)[0] for piece, pause in ((spoken[:1] * 2, 3.0), (spoken[1:2] * 2, 2.0)))
+    length = min(len(agent), len(client))
+    agent, client, word = agent[:length], client[:length], np.zeros(length, np.float32)
+    word[-4000:] = 0.3 * spoken[2][:4000]
+    call, silent = 0.5 * (agent + client), np.zeros(length)
+    for left, right, subtype, expected in (
+        (call, call + 1e-4, "PCM_16", 1), (call, 0.977 * call, "PCM_16", 1), (0.1 * call, -0.5 * call, "ULAW", 1),
+        (call, 0.9 * call, "ALAW", 1), (agent, client, "PCM_16", 2), (agent, silent, "PCM_16", 2),
+        (silent, client, "ALAW", 2), (agent + 0.7 * client, client + 0.7 * agent, "ALAW", 2),
+        (np.tile(call, 20), np.tile(call, 20) + np.concatenate([np.tile(silent, 19), word]), "PCM_16", 2),
+    ):
+        soundfile.write(tmp_path / "call.wav", np.stack([left, right], axis=1), 8000, subtype=subtype)
+        channels = transcribe.read_channels(tmp_path / "call.wav")
+        assert len(channels) == expected
+        if expected == 1:
+            kept = left if np.square(left).sum() >= np.square(right).sum() else right
+            np.testing.assert_allclose(channels[0][0], kept, atol=0.03)
 
 
 @pytest.mark.parametrize(("suffix", "options"), [
