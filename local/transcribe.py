@@ -228,7 +228,8 @@ def main() -> None:
             continue
         with atomic_write(text_output) as file:
             file.write(as_text(dialogue))
-        print(f"# {name} -> {text_output}\n{as_text(dialogue) or '(no speech)'}", flush=True)
+        empty = "(speech found, but no words recognised)" if dialogue["segments"] else "(no speech)"
+        print(f"# {name} -> {text_output}\n{as_text(dialogue) or empty}", flush=True)
     if failed:
         raise UserError(f"{len(failed)} of {len(recordings)} recordings cannot be read, first {failed[0]}; see above")
 

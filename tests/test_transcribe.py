@@ -249,6 +249,21 @@ def test_a_folder_is_transcribed_broken_files_are_named_and_a_second_run_keeps_w
     assert other.returncode == 1 and f"good.wav.json is the transcript of {calls}/good.wav" in other.stderr
 
 
+@pytest.mark.parametrize(("segments", "said"), [
+    ([], "(no speech)"),
+    ([{"channel": 0, "start": 1.0, "end": 2.0, "text": " "}], "(speech found, but no words recognised)"),
+])
+def test_a_transcript_without_words_says_whether_there_was_speech(model_dir, monkeypatch, capsys, tmp_path, segments,
+                                                                  said):
+    (tmp_path / "call.wav").touch()
+    monkeypatch.setattr(transcribe, "transcribe", lambda *_: {"seconds": 3.0, "channels": 1, "segments": segments})
+    monkeypatch.setattr("sys.argv", ["transcribe.py", "--audio", str(tmp_path / "call.wav"), "--model_dir",
+                                     str(model_dir), "--output_dir", str(tmp_path / "out")])
+    monkeypatch.chdir(ROOT)
+    transcribe.main()
+    assert capsys.readouterr().out.splitlines()[-1] == said
+
+
 def test_a_recording_that_may_not_be_read_or_named_is_an_error_of_its_own(tmp_path):
     named = tmp_path / os.fsdecode("通话.wav".encode("gb18030"))
     named.touch()
