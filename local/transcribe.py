@@ -58,8 +58,11 @@ def find_recordings(path: Path) -> dict[str, Path]:
     if (path / "wav.scp").is_file():
         path /= "wav.scp"
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in SUFFIXES)
-        recordings = {str(file.relative_to(path)): file for file in files}
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        recordings = {str(file.relative_to(path)): file for file in files if file.suffix.lower() in SUFFIXES}
+        others = [file for file in files if file.suffix.lower() not in SUFFIXES]
+        if recordings and others:
+            logging.info("%s: %d files of other suffixes left alone, such as %s", path, len(others), others[0])
     elif path.suffix == ".scp" and path.is_file():
         lines = [line.split(maxsplit=1) for line in read_lines(path) if line.strip()]
         if wrong := [line for line in lines if len(line) < 2 or line[1].rstrip().endswith("|")]:
