@@ -139,7 +139,7 @@ def model_card(args: argparse.Namespace, summary: list[dict[str, Any]], model: P
     choice = args.summary.parent / "interpolation.json"
     if choice.is_file():
         chosen = json.loads(choice.read_text("utf-8"))
-        lines.append(f"- {chosen['alpha']:.2f} of the adapted model, the rest of the base: {chosen['reason']}.")
+        lines.append(f"- {chosen['alpha']:g} of the adapted model, the rest of the base: {chosen['reason']}.")
     for path in sorted(args.summary.parent.parent.glob("exp/*/*[a-z]/run.json")):
         record = json.loads(path.read_text("utf-8"))
         facts = ", ".join(f"{name} {record.get(name)}" for name in ("rows_per_epoch", "seed", "commit"))

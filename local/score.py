@@ -206,7 +206,7 @@ def main() -> None:
     if args.choose:
         choice = choose_alpha(summary, args.max_wideband_loss)
         write_json(args.choose, choice)
-        logging.info("alpha = %.2f: %s", choice["alpha"], choice["reason"])
+        logging.info("alpha = %g: %s", choice["alpha"], choice["reason"])
 
 
 if __name__ == "__main__":
