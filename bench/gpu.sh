@@ -5,7 +5,8 @@
 #
 # Builds the model at the size of Fun-ASR-Nano-2512 with random weights; for stages 1-3 compares the losses of
 # FunASR's class and ours on one batch in bf16, finds the largest batches, times both; then times decoding. Writes
-# there gpu.log, training.json, each row as soon as it is measured (cut short, the rows so far remain), and last table.md.
+# gpu.log and training.json there, each row as soon as it is measured (cut short, the rows so far remain), and at the
+# end table.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUTPUT=${1:-exp_output/bench}

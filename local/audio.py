@@ -170,31 +170,40 @@ def _mp3_says_length(path: str) -> bool:
 
 
 def _missing_bytes(path: str) -> int:
-    """Bytes that the header of WAV, W64, AIFF, AU or SPHERE promises and the file does not have.
+    """Bytes that the header of WAV, RF64, W64, AIFF, CAF, AU or SPHERE promises and the file does not have.
 
     A stream's placeholder for "unknown" promises nothing, and neither does what is over 2 GB.
     """
+    size = os.path.getsize(path)
     with open(path, "rb") as file:
         head = file.read(1024)
-    promised = 0
+        promised, chunk = 8, b""
+        while head[:4] == b"caff" and chunk[:4] != b"data" and promised < size:
+            file.seek(promised)  # chunks of any length may stand before the samples
+            chunk = file.read(12)
+            promised += 12 + int.from_bytes(chunk[4:], "big")
     if head[:4] == b"RIFF":
         promised = int.from_bytes(head[4:8], "little") + 8
+    elif head[:4] == b"RF64" and head[12:16] == b"ds64":
+        promised = int.from_bytes(head[20:28], "little") + 8
     elif head[:4] == b"riff":  # W64
         promised = int.from_bytes(head[16:24], "little")
     elif head[:4] == b"FORM":  # AIFF
         promised = int.from_bytes(head[4:8], "big") + 8
     elif head[:4] == b".snd":  # AU
         promised = int.from_bytes(head[4:8], "big") + int.from_bytes(head[8:12], "big")
-    elif head[:7] == b"NIST_1A":
+    elif head[:7] == b"NIST_1A" and b"shorten" not in head:  # which counts what is unpacked
         facts = dict(re.findall(rb"^(sample_count|channel_count|sample_n_bytes) -i (\d+)", head, re.MULTILINE))
         promised = 1024 + math.prod(map(int, facts.values()))
-    short = promised - os.path.getsize(path)
+    short = promised - size
     return short if promised < 0x7FFF0000 and short > 4096 else 0
 
 
 def _decode_other(path: str, start: float, end: float | None) -> tuple[np.ndarray, int]:
     samples, rate = _decode_whole(path, os.stat(path).st_mtime_ns)
     first, last = _bounds(len(samples), rate, start, end, path)
+    if last == len(samples) and (missing := _missing_bytes(path)):
+        raise AudioError("audio_unreadable", f"{path}: cut off ({last} samples, {missing} bytes missing)")
     return samples[first:last], rate
 
 

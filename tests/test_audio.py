@@ -150,6 +150,7 @@ def test_a_file_cut_off_is_refused_not_shortened(tmp_path, name, share):
 
 @pytest.mark.parametrize(("kind", "subtype"), [
     ("NIST", "ULAW"), ("NIST", "PCM_16"), ("AU", "ULAW"), ("AIFF", "PCM_16"), ("W64", "PCM_16"), ("WAV", "ALAW"),
+    ("RF64", "ULAW"), ("CAF", "ULAW"),
 ])  # fmt: skip
 def test_a_header_that_promises_more_than_there_is_is_not_believed(tmp_path, kind, subtype):
     path = tmp_path / "a.audio"
@@ -158,6 +159,13 @@ def test_a_header_that_promises_more_than_there_is_is_not_believed(tmp_path, kin
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(audio.AudioError, match="cut off"):
         audio.read(path)
+
+
+def test_the_header_of_a_packed_sphere_promises_no_bytes(tmp_path):
+    head = b"NIST_1A\n   1024\nsample_count -i 160000\nsample_n_bytes -i 2\nsample_coding -s26 pcm"
+    for packed, missing in ((b"", 320000 - 8000), (b",embedded-shorten-v2.00", 0)):
+        (tmp_path / "a.sph").write_bytes((head + packed).ljust(1024) + bytes(8000))
+        assert audio._missing_bytes(tmp_path / "a.sph") == missing
 
 
 def test_what_is_no_audio_has_a_reason(tmp_path):
