@@ -98,6 +98,11 @@ def judge(summary: list[dict[str, Any]], max_wideband_loss: float) -> dict[str, 
                for name in SETS if name not in pairs and name != "simulated_test"]
     if final["p_value"] is None or final["p_value"] >= 0.05 or final["cer"] >= base["cer"]:
         against.append(f"on {SETS[calls]} the final model is not reliably better than the base (p = {p_value})")
+    if (simulated := pairs.get("simulated_test")) and calls != "simulated_test":
+        old, new = simulated
+        if new["cer"] > old["cer"] and new["p_value"] is not None and new["p_value"] < 0.05:
+            rates = f"{percent(old['cer'])} → {percent(new['cer'])} %"
+            against.append(f"simulated calls are recognised worse: CER {rates} (p = {new['p_value']:.3f})")
     against += [f"{card['title']}: {card['base']} → {card['final']} {card['unit']} ({card['note']})"
                 for card in cards[1:] if card["state"] == "bad"]
     verdict = "Do not deploy before looking at this" if against else "Deploy"

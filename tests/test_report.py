@@ -156,6 +156,11 @@ def test_the_verdict_follows_the_scores():
     assert "Nothing to decide" in judge([row | {"cer": None} for row in GOOD], 0.01)["headline"]
     simulated = [row | {"test_set": row["test_set"].replace("real", "simulated")} for row in GOOD]
     assert judge(simulated, 0.01)["against"] == ["recorded calls: not scored"]
+    worse = [score("base", "simulated_test", 0.1), score("final", "simulated_test", 0.12, 0.01)]
+    assert judge([*GOOD, *worse], 0.01)["against"] == [
+        "simulated calls are recognised worse: CER 10.00 → 12.00 % (p = 0.010)"]
+    for harmless in ({"p_value": 0.2}, {"p_value": None}, {"cer": 0.08}):
+        assert judge([*GOOD, worse[0], worse[1] | harmless], 0.01)["deploy"] is True
     poor = [row | {"chars_per_minute": 100.0} if row["test_set"] == "no_speech" else row for row in GOOD]
     assert judge(poor, 0.01)["deploy"] and "speech only" in judge(poor, 0.01)["notes"][0]
 
