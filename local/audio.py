@@ -155,7 +155,8 @@ def _decode_soundfile(path: str, start: float, end: float | None) -> tuple[np.nd
 
 def _is_length_unknown(header: soundfile.SoundFile | soundfile._SoundFileInfo, path: str) -> bool:
     """Whether libsndfile's number of frames is a placeholder or a guess."""
-    return header.frames >= UNKNOWN_LENGTH or (header.format == "MP3" and not _mp3_says_length(path))
+    is_mp3 = header.subtype == "MPEG_LAYER_III"  # in whatever container: recorders put it into WAV
+    return header.frames >= UNKNOWN_LENGTH or (is_mp3 and not _mp3_says_length(path))
 
 
 def _mp3_says_length(path: str) -> bool:

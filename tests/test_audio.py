@@ -64,7 +64,7 @@ def test_a_plain_key_keeps_its_name():
         ("a.flac", 16000, "PCM_16"),
         ("a.mp3", 16000, None), ("a.ogg", 16000, None), ("a.au", 8000, "ULAW"),
         ("amr.amr", 8000, "libopencore_amrnb"), ("a.g722", 16000, "g722"), ("g726.wav", 8000, "g726"),
-        ("a.m4a", 16000, "aac"), ("a.opus", 48000, "libopus"),
+        ("a.m4a", 16000, "aac"), ("mp3.wav", 16000, "libmp3lame"), ("a.opus", 48000, "libopus"),
     ],
 )
 def test_formats_of_call_centres_are_read(tmp_path, name, rate, kind):
