@@ -217,7 +217,7 @@ def main() -> None:
             kept = read_kept(output)
             dialogue = kept if kept.get("made_of") == made_of else None
             if dialogue is None:
-                if kept.get("audio", str(path)) != str(path):
+                if os.path.abspath(kept.get("audio", path)) != os.path.abspath(path):
                     detail = f"{output} is the transcript of {kept['audio']}; give another --output_dir"
                     raise audio.AudioError("duplicate_key", detail)
                 if recogniser is None:
@@ -234,7 +234,7 @@ def main() -> None:
         empty = "(speech found, but no words recognised)" if dialogue["segments"] else "(no speech)"
         print(f"# {name} -> {text_output}\n{as_text(dialogue) or empty}", flush=True)
     if failed:
-        raise UserError(f"{len(failed)} of {len(recordings)} recordings cannot be read, first {failed[0]}; see above")
+        raise UserError(f"{len(failed)} of {len(recordings)} recordings not transcribed, first {failed[0]}; see above")
 
 
 if __name__ == "__main__":
