@@ -173,7 +173,7 @@ def _mp3_says_length(path: str) -> bool:
 def _missing_bytes(path: str) -> int:
     """Bytes that the header of WAV, RF64, W64, AIFF, CAF, AU or SPHERE promises and the file does not have.
 
-    A stream's placeholder for "unknown" promises nothing, and neither does what is over 2 GB.
+    A stream's placeholder for "unknown" promises nothing, and neither does more: SoX writes 0x7F000000 into AIFF.
     """
     size = os.path.getsize(path)
     with open(path, "rb") as file:
@@ -197,7 +197,7 @@ def _missing_bytes(path: str) -> int:
         facts = dict(re.findall(rb"^(sample_count|channel_count|sample_n_bytes) -i (\d+)", head, re.MULTILINE))
         promised = 1024 + math.prod(map(int, facts.values()))
     short = promised - size
-    return short if promised < 0x7FFF0000 and short > 4096 else 0
+    return short if promised < 0x7F000000 and short > 4096 else 0
 
 
 def _decode_other(path: str, start: float, end: float | None) -> tuple[np.ndarray, int]:

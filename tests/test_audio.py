@@ -134,6 +134,14 @@ def test_a_stream_without_a_length_is_read_whole_whatever_its_size_suggests(tmp_
     assert len(audio.read(tmp_path / name, start=18.0, end=19.0)[0]) == 44100
 
 
+def test_an_aiff_that_sox_wrote_to_a_pipe_is_read_whole(tmp_path):
+    soundfile.write(tmp_path / "a.aiff", tone(1.0, 8000), 8000)
+    data = bytearray((tmp_path / "a.aiff").read_bytes())
+    data[4:8] = bytes.fromhex("7f000050")
+    (tmp_path / "a.aiff").write_bytes(data)
+    assert len(audio.read(tmp_path / "a.aiff")[0]) == 8000
+
+
 # --- damage
 
 
