@@ -87,7 +87,7 @@ def judge(summary: list[dict[str, Any]], max_wideband_loss: float) -> dict[str, 
         cards.append(compare(f"Keywords missed, {SETS[calls]}", pairs[calls], "kwer", 0, note))
     if wideband := pairs.get("wideband_test"):
         change = 100 * (wideband[1]["cer"] - wideband[0]["cer"])
-        note = f"what was forgotten: {change:+.2f} points; {100 * max_wideband_loss:.2f} are allowed"
+        note = f"what was forgotten: {change:+.2f} points; {100 * max_wideband_loss:g} are allowed"
         cards.append(compare("CER, wideband speech", wideband, "cer", max_wideband_loss, note))
     if silence := pairs.get("no_speech"):
         note = "on hum, ringing, music: all of it made up"

@@ -149,6 +149,7 @@ def test_the_verdict_follows_the_scores():
     ):
         verdict = judge([row | (change if at == index else {}) for at, row in enumerate(GOOD)], 0.01)
         assert verdict["deploy"] is False and reason in verdict["against"][0]
+    assert "0.125 are allowed" in judge(GOOD, 0.00125)["against"][0]
     unscored = [row for row in GOOD if row["test_set"] != "wideband_test"]
     assert judge(unscored, 0.01)["against"] == ["wideband speech: not scored"]
     textless = [row | {"cer": None} if row["test_set"] == "wideband_test" else row for row in GOOD]
