@@ -28,7 +28,7 @@ torch_spec() {  # what pip installs as torch, one word a line
   else
     echo torch==2.13.0
     # Here 2.13.0+cpu is found, which pip prefers to PyPI's CUDA build of 2.13.0.
-    if [[ -z $WHEELS ]] && answers "$CPU_INDEX/torch/"; then printf '%s\n' --extra-index-url "$CPU_INDEX"; fi
+    if [[ -z ${PIP_NO_INDEX:-} ]] && answers "$CPU_INDEX/torch/"; then printf '%s\n' --extra-index-url "$CPU_INDEX"; fi
   fi
 }
 
@@ -42,7 +42,7 @@ collect_wheels() {  # what `make setup` would install for $PYTHON on PLATFORM, w
   for name in 2014 2010 1; do target+=(--platform "manylinux${name}_$machine"); done
   mapfile -t spec < <(torch_spec)
   mkdir -p "$WHEELS"
-  "$PYTHON" -m venv "$WHEELS/.pip" || fail "$PYTHON -m venv failed; install python3-venv, or name another PYTHON"
+  new_venv "$WHEELS/.pip"
   VENV=$WHEELS/.pip LOG=$WHEELS/wheels.log
   : >"$LOG"
   echo "wheels: for $("$PYTHON" -V) on $PLATFORM, ${spec[*]}: some minutes (log in $LOG)"
@@ -59,7 +59,7 @@ for item in json.load(open(sys.argv[1]))["install"]:
   pip download --only-binary=:all: "${target[@]}" --find-links "$WHEELS" --dest "$WHEELS" "${spec[@]}" "${want[@]}" ||
     fail "no wheels of everything for $PLATFORM ($(reason)); see $LOG"
   rm -r "$VENV"
-  echo "${TORCH:-${spec[0]}}" >"$WHEELS/torch.txt"
+  echo "${spec[*]}" >"$WHEELS/torch.txt"
   (cd "$WHEELS" && sha256sum -- *.whl >SHA256SUMS)
   echo "wheels: $(wc -l <"$WHEELS/SHA256SUMS") wheels, $(du -sh "$WHEELS" | cut -f1) in $WHEELS"
   echo "wheels: copy that folder and this repository to the other machine, and there: make setup WHEELS=folder"
@@ -89,18 +89,28 @@ reason() { { grep -m1 '^ERROR' "$LOG" || tail -n1 "$LOG"; } | sed 's/ (from vers
 
 unreachable() { fail "pip cannot get '$1' ($(reason)); name another: TORCH='torch==… --index-url …' make setup"; }
 
+new_venv() {  # [--clear] FOLDER
+  "$PYTHON" -m venv "$@" >/dev/null || fail "$PYTHON -m venv failed; install python3-venv, or name another PYTHON"
+}
+
+stamp() {  # cpu|gpu: what an environment for such a machine is made from; where TORCH is given, the same for both
+  cat requirements*.txt setup.sh <("$PYTHON" -V) <(echo "${TORCH:-$1}") | sha256sum
+}
+
+complete() { [[ -x $VENV/bin/python && $(cat "$VENV/stamp" 2>/dev/null) == "$(stamp "$1")" ]]; }
+
 install() {
-  local spec=()
+  local spec=() venv=$VENV
   [[ -z $WHEELS ]] || without_network
-  if [[ $("$VENV/bin/python" -V 2>&1) != "$("$PYTHON" -V)" ]]; then
-    "$PYTHON" -m venv --clear "$VENV" >/dev/null ||
-      fail "$PYTHON -m venv failed; install python3-venv, or name another PYTHON"
-  fi
-  rm -f "$VENV/stamp"
+  # An environment that is there is not touched before it is known that the new one can be.
+  if [[ $("$VENV/bin/python" -V 2>&1) != "$("$PYTHON" -V)" ]]; then VENV=$VENV/next; new_venv --clear "$VENV"; fi
   : >"$LOG"
   mapfile -t spec < <(torch_spec)
   echo "setup: 1/2 ${spec[*]} (log in $LOG)"
   refuse_cuda_build "${spec[@]}"
+  if [[ $VENV != "$venv" ]]; then VENV=$venv; new_venv --clear "$VENV"; fi
+  rm -f "$VENV/stamp"
+  echo "$TORCH" >"$VENV/torch_given"
   pip install "${spec[@]}" || unreachable "${spec[*]}"
   # Alone and first, then held: or a dependency would exchange it for PyPI's newest CUDA build.
   "$VENV/bin/python" -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >"$VENV/torch.txt"
@@ -168,10 +178,11 @@ case ${1:-} in
   doctor) doctor; exit 0 ;;
   wheels) WHEELS=${WHEELS:-$PWD/wheels} && collect_wheels; exit 0 ;;
 esac
-stamp=$(cat requirements*.txt setup.sh <("$PYTHON" -V) <(echo "$TORCH"; has_gpu && echo gpu) | sha256sum)
-if [[ ! -x $VENV/bin/python || $(cat "$VENV/stamp" 2>/dev/null) != "$stamp" ]]; then
+here=cpu
+if has_gpu; then here=gpu; fi
+# What was made for a GPU works without one: a cluster's nodes with and without share this folder.
+if ! complete gpu && ! complete "$here"; then
   install
-  echo "$TORCH" >"$VENV/torch_given"
-  echo "$stamp" >"$VENV/stamp"
+  stamp "$here" >"$VENV/stamp"
   echo "setup: done, $VENV/bin/python is ready"
 fi
