@@ -35,7 +35,8 @@ STAGES = ("stage1_encoder_adapt", "stage2_adapter_align", "stage3_lora_domain")
 READ_OPTIONS = """set -euo pipefail
 source local/parse_options.sh
 parse_options 1 5 "$@"
-[[ -s $EXP_OUTPUT/data/simulated_8k_telephone/train_formatted.jsonl ]] || STAGE=0
+for list in "$EXP_OUTPUT"/data/{simulated_8k_telephone,real_8k_telephone,wideband_16k}/{train,dev,test}_formatted.jsonl
+do [[ -f $list ]] || STAGE=0; done
 check_options
 for name in "${OPTIONS[@]}"; do printf '%s=%s\\0' "$name" "${!name}"; done"""
 Lengths = list[tuple[int, int]]  # 10 ms frames and tokens of each row
@@ -62,13 +63,15 @@ def sampled(path: str, fs: int, in_place: bool) -> tuple[Lengths, float]:
     return list(islice(cycle(lengths), count)), seconds / len(lengths) * count * 2 * fs
 
 
-def read_sets(options: dict[str, str]) -> tuple[dict[tuple[str, str], Lengths], float]:
-    """Lengths of every set of every corpus, and bytes of audio that stage 0 has written or, at most, will write."""
-    sets, size, data = {}, 0.0, Path(options["EXP_OUTPUT"], "data")
+def read_sets(options: dict[str, str]) -> tuple[dict[tuple[str, str], Lengths], float, list[str]]:
+    """Lengths of every set of every corpus, bytes of audio that stage 0 has written or, at most, will write, and the
+    sets it has written."""
+    sets, size, known, data = {}, 0.0, [], Path(options["EXP_OUTPUT"], "data")
     for corpus, split in ((corpus, split) for corpus in OPTION for split in ("train", "dev", "test")):
         path, name = data / corpus / f"{split}_formatted.jsonl", OPTION[corpus]
         if path.is_file():
             sets[corpus, split] = [(row["speech_length"], row["text_length"]) for row in read_jsonl(path)]
+            known.append(f"{corpus}/{split}")
             continue
         given = options[f"{name}_{split.upper()}"] or options[f"{name}_DEV"]
         lengths, written = sampled(given, int(options["FRONTEND_FS"]), in_place=corpus != SIMULATED)
@@ -76,7 +79,7 @@ def read_sets(options: dict[str, str]) -> tuple[dict[tuple[str, str], Lengths], 
             lengths, written = lengths[split == "test" :: 2], written / 2
         online = (corpus, split, options["ONLINE_CHANNEL"]) == (SIMULATED, "train", "1")
         sets[corpus, split], size = lengths, size + written * (not online)
-    return sets, size + sum(file.stat().st_size for file in data.glob("*/audio*/**/*") if file.is_file())
+    return sets, size + sum(file.stat().st_size for file in data.glob("*/audio*/**/*") if file.is_file()), known
 
 
 def hours(lengths: Lengths) -> float:
@@ -136,13 +139,14 @@ def time_of(bench: Path, stage: str, size: str, audio_hours: float, mean_seconds
 
 def sections(options: dict[str, str], given: list[str]) -> Iterator[str]:
     """Yield the plan in Markdown."""
-    (sets, size), output = read_sets(options), Path(options["EXP_OUTPUT"])
-    done = (output / "data" / SIMULATED / "train_formatted.jsonl").is_file()
+    (sets, size, known), output = read_sets(options), Path(options["EXP_OUTPUT"])
+    done, source = len(known) == len(sets), f"unfiltered, hours from {SAMPLE} rows of a set"
+    source += f", but those of stage 0 for {', '.join(known)}" if known else ""
     yield f"# What this experiment will take\n\nWritten by `make plan`. Everything goes to `{output}`.\n\n## Data\n"
     yield "| set | rows | hours |\n| --- | --- | --- |"
     for (corpus, split), lengths in sets.items():
         yield f"| {corpus}/{split} | {len(lengths):,} | {hours(lengths):.2f} |"
-    yield f"\nRows and hours are {'those of stage 0' if done else f'unfiltered, hours from {SAMPLE} rows of a set'}."
+    yield f"\nRows and hours are {'those of stage 0' if done else source}."
     yield f"Stage 0 {'wrote' if done else 'writes, as WAV (FLAC takes about half),'} {size / 1e9:.3f} GB of audio."
     heard, bench = sum(hours(sets[name]) for name in sets if name[0] != WIDEBAND), output / "bench/stage0.json"
     if bench.is_file():

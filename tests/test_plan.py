@@ -12,7 +12,7 @@ import audio
 import full_size
 import nano.dataset  # noqa: F401
 import plan
-from common import read_jsonl, write_json, write_jsonl
+from common import UserError, read_jsonl, write_json, write_jsonl
 from mini import ROOT, STAGES, make_model
 from nano.config import effective, read_stage
 
@@ -69,6 +69,16 @@ def test_before_stage_0_a_plan_is_made_from_the_corpora_alone(corpus, monkeypatc
     assert "run stage -1 first" in told[""][0] and "GPU memory, estimated" not in told
     assert told[""][0] == (corpus / "exp/EXPERIMENT_EXECUTION_PLAN.md").read_text() + "\n"
     assert f"\nbash run_experiment.sh 3 --config {corpus}/my.conf\n" in told[""][0]
+
+
+def test_in_the_middle_of_stage_0_the_sets_that_are_guessed_are_named(corpus, monkeypatch, capsys, tmp_path):
+    row = {"speech_length": 360_000, "text_length": 1}
+    write_jsonl(tmp_path / "data" / plan.SIMULATED / "train_formatted.jsonl", [row])
+    told = make_plan(monkeypatch, capsys, "--config", corpus / "my.conf", "--exp_output", tmp_path)
+    assert told["simulated_8k_telephone/train"] == ["1", "1.00"] and told["real_8k_telephone/train"][0] == "8"
+    assert "200 rows of a set, but those of stage 0 for simulated_8k_telephone/train.\nStage 0 writes" in told[""][0]
+    with pytest.raises(UserError, match="stage 0 needs --raw_16k_train"):
+        make_plan(monkeypatch, capsys, "--exp_output", tmp_path)
 
 
 def test_the_commands_of_a_plan_are_those_of_its_environment(corpus, monkeypatch, capsys):
