@@ -30,18 +30,22 @@ def get_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def find_model(model: str) -> Path:
-    """The folder of a model: itself, in a cache of ModelScope's or Hugging Face's, or downloaded."""
+def find_model(model: str) -> dict[str, Any]:
+    """What check_model found of a model: of its folder, of the first whole one in a cache of a hub's, or downloaded."""
     folder = Path(model).expanduser()
     if folder.is_dir():
-        return folder.resolve()
+        return check_model(folder.resolve())
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise UserError(f"--model {model} is neither a folder nor an id of the form owner/name", code=2)
-    for folder in cached_folders(model):
-        if (folder / "config.yaml").is_file() and (folder / "model.pt").is_file():
-            logging.info("found %s", folder)
-            return folder.resolve()
-    return download(model)
+    there = (f.resolve() for f in cached_folders(model) if (f / "config.yaml").is_file() and (f / "model.pt").is_file())
+    damaged = []
+    for folder in list(dict.fromkeys(there)) or [download(model)]:
+        logging.info("found %s", folder)
+        try:
+            return check_model(folder)
+        except UserError as error:
+            damaged.append(UserError(f"{error}. Remove {folder} before, or it is found again", error.code))
+    raise damaged[0]
 
 
 def cached_folders(model: str) -> Iterator[Path]:
@@ -56,7 +60,9 @@ def cached_folders(model: str) -> Iterator[Path]:
             yield from sorted((root / layout / f"{owner}--{name}" / "snapshots").glob("*"))
     hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "hub"
     hub = Path(os.environ.get("HF_HUB_CACHE", hub)).expanduser()
-    yield from sorted((hub / f"models--{owner}--{name}" / "snapshots").glob("*"))
+    cache = hub / f"models--{owner}--{name}"
+    main = (cache / "refs/main").read_text("utf-8").strip() if (cache / "refs/main").is_file() else ""
+    yield from sorted((cache / "snapshots").glob("*"), key=lambda snapshot: (snapshot.name != main, snapshot))
 
 
 def download(model: str) -> Path:
@@ -135,13 +141,7 @@ def check_tokenizer(folder: str) -> None:
 
 def main() -> None:
     args = get_args()
-    folder = find_model(args.model)
-    try:
-        found = check_model(folder)
-    except UserError as error:
-        if Path(args.model).expanduser().is_dir():
-            raise
-        raise UserError(f"{error}. Remove {folder} before, or it is found again", error.code) from error
+    found = find_model(args.model)
     write_json(args.output / "check.json", found)
     with atomic_write(args.output / "model_dir.txt") as file:
         file.write(found["model_dir"] + "\n")

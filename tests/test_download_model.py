@@ -43,6 +43,12 @@ def no_hub(monkeypatch, tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Any folder passes as a model."""
+    monkeypatch.setattr(download_model, "check_model", lambda folder: {"model_dir": str(folder)})
+
+
 def run_helper(model, output):
     return subprocess.run(
         [sys.executable, HELPER, "--model", model, "--output", output], capture_output=True, text=True, check=False
@@ -82,14 +88,35 @@ def test_counted_parameters_are_those_of_the_built_model(folder):
         ("HOME", ".cache/huggingface/hub/models--{owner}--{name}/snapshots/0123abcd"),
     ],
 )
-def test_every_cache_layout_is_found(no_hub, monkeypatch, cache, layout):
+def test_every_cache_layout_is_found(no_hub, unchecked, monkeypatch, cache, layout):
     owner, name = MODEL.split("/")
     monkeypatch.setenv(cache, str(no_hub / "cache"))
     there = no_hub / "cache" / layout.format(owner=owner, name=name, dotless=name.replace(".", "___"))
     there.mkdir(parents=True)
     for file in ("config.yaml", "model.pt"):
         (there / file).touch()
-    assert download_model.find_model(MODEL) == there
+    assert download_model.find_model(MODEL) == {"model_dir": str(there)}
+
+
+def test_a_damaged_folder_in_a_cache_is_passed_over_for_a_whole_one(no_hub, monkeypatch, folder):
+    damaged, whole = no_hub / "modelscope/models" / MODEL, no_hub / f"hf/models--{MODEL.replace('/', '--')}/snapshots/a"
+    shutil.copytree(folder, damaged)
+    os.truncate(damaged / "model.pt", 100)
+    shutil.copytree(folder, whole)
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(no_hub / "modelscope"))
+    monkeypatch.setenv("HF_HUB_CACHE", str(no_hub / "hf"))
+    assert download_model.find_model(MODEL)["model_dir"] == str(whole)
+
+
+def test_of_the_snapshots_of_hugging_face_the_one_that_main_names_is_taken(no_hub, unchecked, monkeypatch):
+    monkeypatch.setenv("HF_HUB_CACHE", str(no_hub))
+    cache = no_hub / f"models--{MODEL.replace('/', '--')}"
+    for name in ("snapshots/0/config.yaml", "snapshots/0/model.pt", "snapshots/1/config.yaml", "snapshots/1/model.pt"):
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).touch()
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text("1")
+    assert download_model.find_model(MODEL)["model_dir"] == str(cache / "snapshots/1")
 
 
 def test_a_half_downloaded_folder_is_not_taken_for_the_model(no_hub, monkeypatch):
