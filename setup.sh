@@ -149,7 +149,7 @@ preflight() {  # what stages 1-3 check before they train, on the model and data 
   # shellcheck source=local/parse_options.sh
   source local/parse_options.sh
   parse_options 1
-  local conf name train valid folder over model="" start=""
+  local conf name train valid folder over verdict model="" start="" before="" init=$INIT_CHECKPOINT
   local exp=$EXP_OUTPUT/exp/8k_telephone data=$EXP_OUTPUT/data/simulated_8k_telephone
   if [[ -s $EXP_OUTPUT/model/model_dir.txt ]]; then model=$(<"$EXP_OUTPUT/model/model_dir.txt"); start=$model/model.pt; fi
   for conf in conf/stage[1-3]_*.yaml; do
@@ -158,16 +158,25 @@ preflight() {  # what stages 1-3 check before they train, on the model and data 
     train=$folder/trainlist.jsonl valid=$folder/valid.jsonl
     [[ $name == stage3* ]] && data=$EXP_OUTPUT/data/real_8k_telephone
     if [[ ! -s $train ]]; then train=$data/train_formatted.jsonl valid=$data/dev_formatted.jsonl; fi
-    if [[ ! -s $start || ! -s $train || ! -s $valid ]]; then
+    # INIT_CHECKPOINT is for the stage that began with it, or the first that is still to come.
+    if [[ -n $init ]] && { [[ ! -s $folder/averaged.pt ]] ||
+      grep -qsF "\"$(realpath -ms -- "$init")\"" "$EXP_OUTPUT/status/${name:0:6}.json"; }; then
+      start=$init before="" init=""
+    fi
+    if [[ ! -s $model/model.pt || ! -s $train || ! -s $valid ]]; then
       echo "$name: not checked, no model (stage -1) or no data (stage 0) in $EXP_OUTPUT"
+    elif [[ ! -s $start ]]; then
+      echo "$name: not checked, INIT_CHECKPOINT $start is not there"
     elif "$VENV/bin/python" local/check_training.py before --stage_conf "$conf" --model_dir "$model" \
       --init_checkpoint "$start" --train_list "$train" --valid_list "$valid" --output_dir "$folder" \
       --frontend_fs "$FRONTEND_FS" "${over[@]}"; then
-      echo "$name: ready to train from $start"
+      verdict="ready to train from $start"
+      [[ -z $before ]] || verdict="its data and config are in order; it starts from $before, which is not done yet"
+      echo "$name: $verdict"
     else
-      echo "$name: would not start, the line above says why"
+      echo "$name: would not start${before:+ from $start}, the line above says why"
     fi
-    if [[ -s $folder/averaged.pt ]]; then start=$folder/averaged.pt; fi
+    if [[ -s $folder/averaged.pt ]]; then start=$folder/averaged.pt before=""; else before=$name; fi
   done
 }
 

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from check_training import check_after, check_before, check_checkpoint, check_loss, check_room, check_rows_used
-from common import UserError, write_jsonl
+from common import UserError, write_json, write_jsonl
 from mini import QUICK, ROOT, STAGES, arguments, curves, log_line, make_model, make_rows, train_here
 from nano import weights
 from nano.batch_size import gpu_bytes
@@ -241,8 +241,8 @@ def test_room_is_estimated_from_the_model_and_the_batch(meta, tmp_path):
 
 @pytest.mark.full
 def test_doctor_runs_the_preflight_of_every_stage_on_what_is_there(tmp_path, model_dir, rows):
-    def doctor() -> str:
-        environment = {**os.environ, "EXP_OUTPUT": str(tmp_path)}
+    def doctor(**given) -> str:
+        environment = {**os.environ, "EXP_OUTPUT": str(tmp_path), **given}
         done = subprocess.run(["bash", "setup.sh", "doctor"], cwd=ROOT, env=environment, capture_output=True, text=True,
                               timeout=600, check=False)  # fmt: skip
         assert done.returncode == 0, done.stderr
@@ -256,9 +256,17 @@ def test_doctor_runs_the_preflight_of_every_stage_on_what_is_there(tmp_path, mod
         write_jsonl(tmp_path / "data" / corpus / "train_formatted.jsonl", train)
         write_jsonl(tmp_path / "data" / corpus / "dev_formatted.jsonl", rows)
     said = doctor()
-    for stage in STAGES[:2]:
-        assert f"{stage}: ready to train from {model_dir}/model.pt" in said
+    assert f"{STAGES[0]}: ready to train from {model_dir}/model.pt" in said
+    assert f"{STAGES[1]}: its data and config are in order; it starts from {STAGES[0]}, which is not done yet" in said
     assert f"{STAGES[2]}: would not start" in said and "u3: cannot read /nowhere.wav; run stage 0 again" in said
+    mine = {"INIT_CHECKPOINT": shutil.copy(model_dir / "model.pt", tmp_path / "mine.pt")}
+    assert f"{STAGES[0]}: ready to train from {tmp_path}/mine.pt" in doctor(**mine)
+    stage1 = tmp_path / "exp/8k_telephone" / STAGES[0] / "averaged.pt"
+    stage1.parent.mkdir(parents=True)
+    shutil.copy(model_dir / "model.pt", stage1)
+    assert f"{STAGES[1]}: ready to train from {tmp_path}/mine.pt" in doctor(**mine)
+    write_json(tmp_path / "status/stage1.json", {"inputs": {str(tmp_path / "mine.pt"): "0"}})
+    assert f"{STAGES[1]}: ready to train from {stage1}" in doctor(**mine)
 
 
 # --- during and after
