@@ -105,7 +105,27 @@ check_options() {  # all that can be checked before anything is done
       [[ -n ${!name} ]] || fail "stage 0 needs --${name,,}: a JSONL or a Kaldi folder"
     done
     needs_path RAW_16K_TRAIN RAW_16K_DEV RAW_16K_TEST REAL_8K_TRAIN REAL_8K_DEV REAL_8K_TEST
+    if ! grep -qs "\"MAX_SPEECH_LENGTH\": \"$MAX_SPEECH_LENGTH\"" "$EXP_OUTPUT/status/stage0.json"; then
+      value=$(longest_row 2>/dev/null) || value=$MAX_SPEECH_LENGTH  # a YAML that cannot be read is named by its reader
+      ((${#MAX_SPEECH_LENGTH} < 10 && MAX_SPEECH_LENGTH <= value)) || fail "--max_speech_length $MAX_SPEECH_LENGTH is over \
+$value, the smallest max_source_length or max_token_length of stages 1-3; lower it, or raise those in their YAML"
+    fi
   fi
+}
+
+longest_row() {  # -> frames of the longest row that all training stages take; unless a YAML says so, the released model's
+  local model=$MODEL
+  if [[ ! -d $model ]]; then model=$(cat "$EXP_OUTPUT/model/model_dir.txt" || true); fi
+  "$PYTHON" -c '
+import os, sys, yaml
+def dataset_conf(folder, name):
+    path = os.path.join(folder, name)
+    return yaml.safe_load(open(path, encoding="utf-8")).get("dataset_conf", {}) if os.path.isfile(path) else {}
+model, overlay, *stages = sys.argv[1:]
+confs = [{"max_source_length": 12000} | dataset_conf(model, "config.yaml") | dataset_conf("conf", name) |
+         dataset_conf(overlay, name) for name in stages]
+print(min(min(conf["max_source_length"], conf["max_token_length"]) for conf in confs))
+' "$model" "$STAGE_OVERLAY_DIR" stage1_encoder_adapt.yaml stage2_adapter_align.yaml stage3_lora_domain.yaml
 }
 
 one_of() { [[ " ${*:2} " == *" ${!1} "* ]] || fail "--${1,,} '${!1}': expected ${*:2}"; }

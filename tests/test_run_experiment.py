@@ -220,6 +220,25 @@ def test_missing_and_empty_data_paths_are_refused_before_anything_is_done(recipe
     assert recipe.calls() == [] and not recipe.exp.exists()
 
 
+def test_rows_longer_than_training_takes_are_refused_before_anything_is_done(recipe, tmp_path):
+    model, overlay = tmp_path / "base model/config.yaml", tmp_path / "overlay"
+    overlay.mkdir()
+
+    def refused(longest, takes):
+        done = recipe(-1, 0, max_speech_length=longest, stage_overlay_dir=overlay)
+        return done.returncode == 2 and f"--max_speech_length {longest} is over {takes}, the smallest" in done.stderr
+
+    model.write_text("model: FunASRNano")
+    assert refused(12001, 12000)
+    model.write_text("dataset_conf: {max_source_length: 13000}")
+    (overlay / "stage3_lora_domain.yaml").write_text("dataset_conf: {max_token_length: 12500}")
+    assert refused(13000, 12500) and recipe.calls() == [] and not recipe.exp.exists()
+    assert recipe(-1, 0, max_speech_length=12500, stage_overlay_dir=overlay).returncode == 0
+    (overlay / "stage3_lora_domain.yaml").write_text("dataset_conf: {max_token_length: 300}")
+    assert recipe(-1, 0, max_speech_length=12500, stage_overlay_dir=overlay).returncode == 0  # stage 0 is done
+    assert refused(12400, 300)
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3, 4, 5])
 def test_a_stage_without_the_one_before_it_says_which_to_run(recipe, stage):
     done = recipe(stage)
