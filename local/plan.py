@@ -162,19 +162,21 @@ def sections(options: dict[str, str], given: list[str]) -> Iterator[str]:
         yield f"Training draws the channel of every utterance anew; a core does so {speed}.\n"
 
     named, bench, columns = output / "model/model_dir.txt", output / "bench/training.json", []
+    folder = Path(named.read_text("utf-8").strip()) if named.is_file() else output / "model"
+    there = all((folder / name).is_file() for name in ("config.yaml", "configuration.json"))
     for number, name in enumerate(STAGES, 1):
         rows = {corpus: lengths for corpus, lengths in epoch(number, sets, options).items() if lengths}
         total = sum(map(hours, rows.values()))
         columns.append({"rows an epoch": " + ".join(f"{len(rows[c]):,} {re.split('_[0-9]', c)[0]}" for c in rows),
                         "hours an epoch": f"{total:.2f}"})  # fmt: skip
-        if named.is_file():
+        if there:
             lengths = [sum(pair) for part in rows.values() for pair in part]
-            facts, model, epochs = describe(name, Path(named.read_text("utf-8").strip()), options, lengths)
+            facts, model, epochs = describe(name, folder, options, lengths)
             time = time_of(bench, name, model, total * epochs, total * 3600 / len(lengths))
             columns[-1] |= facts | {"time of all epochs": time}
     yield f"## Training\n\n| | {' | '.join(STAGES)} |\n| --- | --- | --- | --- |"
     yield from (f"| {title} | {' | '.join(column[title] for column in columns)} |" for title in columns[0])
-    if named.is_file():
+    if there:
         decoded = {"dev": 1 + len(options["ALPHAS"].split()), "test": 5}  # models: base and mixtures; base to final
         total = sum(hours(lengths) * decoded.get(split, 0) for (_, split), lengths in sets.items())
         yield "\nBatches are those of one process; a GPU that is too small for them gets smaller ones. What several"

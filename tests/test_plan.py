@@ -81,6 +81,13 @@ def test_in_the_middle_of_stage_0_the_sets_that_are_guessed_are_named(corpus, mo
         make_plan(monkeypatch, capsys, "--exp_output", tmp_path)
 
 
+def test_a_model_folder_that_is_gone_is_no_model(corpus, monkeypatch, capsys, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/model_dir.txt").write_text(f"{tmp_path}/moved away\n")
+    told = make_plan(monkeypatch, capsys, "--config", corpus / "my.conf", "--exp_output", tmp_path)
+    assert "run stage -1 first" in told[""][0]
+
+
 def test_the_commands_of_a_plan_are_those_of_its_environment(corpus, monkeypatch, capsys):
     monkeypatch.setenv("REAL_SHARE", "0.2")
     told = make_plan(monkeypatch, capsys, "--config", corpus / "my.conf", "--seed", 3)[""][0]
