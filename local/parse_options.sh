@@ -106,7 +106,7 @@ check_options() {  # all that can be checked before anything is done
     done
     needs_path RAW_16K_TRAIN RAW_16K_DEV RAW_16K_TEST REAL_8K_TRAIN REAL_8K_DEV REAL_8K_TEST
     if ! grep -qs "\"MAX_SPEECH_LENGTH\": \"$MAX_SPEECH_LENGTH\"" "$EXP_OUTPUT/status/stage0.json"; then
-      value=$(longest_row 2>/dev/null) || value=$MAX_SPEECH_LENGTH  # a YAML that cannot be read is named by its reader
+      value=$(longest_row 2>/dev/null) || value=999999999  # a YAML that cannot be read is named by its reader
       ((${#MAX_SPEECH_LENGTH} < 10 && MAX_SPEECH_LENGTH <= value)) || fail "--max_speech_length $MAX_SPEECH_LENGTH is over \
 $value, the smallest max_source_length or max_token_length of stages 1-3; lower it, or raise those in their YAML"
     fi
@@ -120,7 +120,8 @@ longest_row() {  # -> frames of the longest row that all training stages take; u
 import os, sys, yaml
 def dataset_conf(folder, name):
     path = os.path.join(folder, name)
-    return yaml.safe_load(open(path, encoding="utf-8")).get("dataset_conf", {}) if os.path.isfile(path) else {}
+    conf = yaml.safe_load(open(path, encoding="utf-8")) if os.path.isfile(path) else {}
+    return conf.get("dataset_conf", {}) if isinstance(conf, dict) else {}
 model, overlay, *stages = sys.argv[1:]
 confs = [{"max_source_length": 12000} | dataset_conf(model, "config.yaml") | dataset_conf("conf", name) |
          dataset_conf(overlay, name) for name in stages]

@@ -228,7 +228,6 @@ def test_rows_longer_than_training_takes_are_refused_before_anything_is_done(rec
         done = recipe(-1, 0, max_speech_length=longest, stage_overlay_dir=overlay)
         return done.returncode == 2 and f"--max_speech_length {longest} is over {takes}, the smallest" in done.stderr
 
-    model.write_text("model: FunASRNano")
     assert refused(12001, 12000)
     model.write_text("dataset_conf: {max_source_length: 13000}")
     (overlay / "stage3_lora_domain.yaml").write_text("dataset_conf: {max_token_length: 12500}")
