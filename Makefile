@@ -17,10 +17,11 @@ VENV := .venv/bin/python
 DEMO = $(EXP_OUTPUT)/demo
 CORPUS = $(DEMO)/corpus
 LISTEN = $(CORPUS)/wideband_dev.jsonl
-# The demo is the same everywhere: options of a real experiment that are set in the environment are kept from it.
-DEMO_ENV := env $(shell sed -n 's/^\([A-Z][A-Z0-9_]*\)=.*/-u \1/p' conf/experiment.conf)
-# A file of tests in one process, so that what it builds is built once; one thread each, as they run side by side.
-PYTEST = OMP_NUM_THREADS=1 $(VENV) -m pytest -n auto --maxprocesses 4 --dist loadfile
+# The demo is the same everywhere: no GPU, and none of a real experiment's options that the environment sets.
+DEMO_ENV := env $(shell sed -n 's/^\([A-Z][A-Z0-9_]*\)=.*/-u \1/p' conf/experiment.conf) CUDA_VISIBLE_DEVICES=
+# A file of tests in one process, so that what it builds is built once; one thread each, as they run side by side. Of
+# numbers that a CPU gives: on a GPU they would be others.
+PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV) -m pytest -n auto --maxprocesses 4 --dist loadfile
 # PYTHON is the interpreter of `make setup` here, but the one that runs the helpers in run_experiment.sh.
 unexport PYTHON
 .DEFAULT_GOAL := help

@@ -9,6 +9,7 @@ and peak memory of a training step. Fails when a gradient is missing, not finite
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import subprocess
 import sys
@@ -98,8 +99,8 @@ def step(stage: str, work: Path, seconds: float, utterances: int) -> None:
     from funasr import AutoModel
 
     began = time.perf_counter()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a CPU, whatever else the machine has
     config = stage_config(work / "model", stage)
-    config["llm_conf"]["llm_dtype"] = "fp32"  # on a CPU, whatever else the machine has
     built, kwargs = AutoModel.build_model(**config | {"device": "cpu", "ncpu": torch.get_num_threads(), "seed": 0})
     batch = make_batch(kwargs, work, seconds, utterances)
     built.train()

@@ -19,6 +19,7 @@ import logging
 import math
 import re
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from nano.config import build_on_meta, effective, read_stage, stage_parser
 from nano.train_log import read_log
 
 AUDIO = re.compile(r"<\|startofspeech\|>!(.*?)<\|endofspeech\|>")
+FRAME_BYTES = 560 * 4 / 6  # of features, a 10 ms frame: LFR joins seven frames of 80 numbers, every sixth time
 LOSS_TARGET = 0.3  # the plan's: reported, no reason to fail
 
 
@@ -40,12 +42,15 @@ def check_before(args: argparse.Namespace) -> None:
     config = effective(read_stage([args.stage_conf, *args.overlay]), args.model_dir, args.frontend_fs)
     check_names(config, args.stage_conf)
     check_ctc(config, args.stage_conf)
+    check_deepspeed(config["train_conf"], args.stage_conf)
     model = build_on_meta(config)
     check_checkpoint(model, args.init_checkpoint, config)
     check_rate(model, args.init_checkpoint, args.frontend_fs)
     lists = (args.train_list, args.valid_list)
-    longest = max(check_rows(path, config["dataset_conf"], args.frontend_fs) for path in lists)
+    longest, frames = map(max, zip(*(check_rows(path, config["dataset_conf"], args.frontend_fs) for path in lists),
+                                   strict=True))  # fmt: skip
     check_room(model, config, args.output_dir, longest)
+    check_shared_memory(config["dataset_conf"], longest, frames)
 
 
 def check_names(config: dict[str, Any], path: Path) -> None:
@@ -69,6 +74,16 @@ def check_ctc(config: dict[str, Any], path: Path) -> None:
     if weight and detached and config["ctc_decoder_conf"].get("freeze"):
         raise UserError(f"{path}: ctc_weight {weight} does nothing: the CTC branch is frozen and its loss does not "
                         "reach the encoder; set ctc_weight to 0, or detach_ctc_decoder to false")  # fmt: skip
+
+
+def check_deepspeed(train: dict[str, Any], path: Path) -> None:
+    """What use_deepspeed needs is there."""
+    if not train.get("use_deepspeed"):
+        return
+    if not find_spec("deepspeed"):
+        raise UserError(f"{path}: use_deepspeed, but deepspeed is not installed; .venv/bin/pip install deepspeed")
+    if not Path(settings := train.get("deepspeed_config") or "").is_file():
+        raise UserError(f"{path}: train_conf.deepspeed_config '{settings}' does not exist; give DeepSpeed's JSON")
 
 
 def check_checkpoint(model: torch.nn.Module, path: Path, config: dict[str, Any]) -> None:
@@ -121,14 +136,14 @@ def check_rate(model: torch.nn.Module, checkpoint: Path, fs: int) -> None:
     logging.warning("frontend fs %d, the encoder knows %d Hz: an experiment; stages 2-5 must do the same", fs, was)
 
 
-def check_rows(path: Path, dataset: dict[str, Any], fs: int) -> int:
-    """FunASR would use every row of the list, its audio is there, mono, at `fs`; return the frames of the longest.
+def check_rows(path: Path, dataset: dict[str, Any], fs: int) -> tuple[int, int]:
+    """FunASR would use every row of the list, its audio is there, mono, at `fs`; return its longest's and all frames.
 
     Every file's header is read, here alone: `validate` opens a sample, and of the others sees that they exist.
     """
     least, most = dataset.get("min_source_length", 10), dataset.get("max_source_length", 8000)
     text_most, both_most = dataset.get("max_target_length", 2048), dataset.get("max_token_length") or 2048
-    keys, longest = set(), 0
+    keys, longest, frames = set(), 0, 0
     for number, row in enumerate(progress(read_jsonl(path), None, f"checking {path.name}"), 1):
         try:
             key, speech, text = row["key"], row["speech_length"], row["text_length"]
@@ -139,7 +154,7 @@ def check_rows(path: Path, dataset: dict[str, Any], fs: int) -> int:
         if key in keys:
             raise UserError(f"{path}: key {key} twice")
         keys.add(key)
-        longest = max(longest, speech)
+        longest, frames = max(longest, speech), frames + speech
         if not said or not 1 <= text <= text_most or not least <= speech <= most:
             raise UserError(f"{path}: {key} has {speech} frames and {text} tokens; upstream would skip it ({least} to "
                             f"{most} frames, 1 to {text_most} tokens are used); run stage 0 with MAX_SPEECH_LENGTH up "
@@ -158,7 +173,7 @@ def check_rows(path: Path, dataset: dict[str, Any], fs: int) -> int:
                             "run stage 0 with the same FRONTEND_FS")  # fmt: skip
     if not keys:
         raise UserError(f"{path} is empty: training would run no batch and succeed; see the rejected rows of stage 0")
-    return longest
+    return longest, frames
 
 
 def check_room(model: torch.nn.Module, config: dict[str, Any], output_dir: Path, longest: int) -> None:
@@ -173,8 +188,7 @@ def check_room(model: torch.nn.Module, config: dict[str, Any], output_dir: Path,
     if (free := shutil.disk_usage(folder).free) < need:
         raise UserError(f"{folder}: {free / 2**30:.1f} GiB free, the checkpoints take {need / 2**30:.1f}; lower "
                         "train_conf.keep_nbest_models or free space")  # fmt: skip
-    by_length = dataset.get("batch_type", "example") != "example"
-    batch = max(longest, dataset["batch_size"] * (1 if by_length else longest))
+    by_length, batch = batch_frames(dataset, longest)
     memory = gpu_bytes(model, config, batch, longest)
     logging.info("%.2f M parameters trained; checkpoints take %.2f GiB at most; about %.1f GiB of GPU memory",
                  trained / 1e6, need / 2**30, memory / 2**30)  # fmt: skip
@@ -183,6 +197,22 @@ def check_room(model: torch.nn.Module, config: dict[str, Any], output_dir: Path,
     if torch.cuda.is_available() and memory > (there := torch.cuda.get_device_properties(0).total_memory):
         raise UserError(f"about {memory / 2**30:.0f} GiB of GPU memory needed, {there / 2**30:.0f} there; lower "
                         f"batch_size ({dataset['batch_size']}), or MAX_SPEECH_LENGTH of stage 0")  # fmt: skip
+
+
+def batch_frames(dataset: dict[str, Any], longest: int) -> tuple[bool, int]:
+    """Whether batches are made by length, not of so many rows; the most 10 ms frames of one."""
+    by_length = dataset.get("batch_type", "example") != "example"
+    return by_length, max(longest, dataset["batch_size"] * (1 if by_length else longest))
+
+
+def check_shared_memory(dataset: dict[str, Any], longest: int, frames: int) -> None:
+    """Shared memory for two batches of each loader worker, of a list of so many frames: a container may have 64 MiB."""
+    shared = Path("/dev/shm")
+    need = min(2 * dataset["num_workers"] * batch_frames(dataset, longest)[1], frames) * FRAME_BYTES
+    if dataset["num_workers"] and shared.is_dir() and (free := shutil.disk_usage(shared).free) < need:
+        raise UserError(f"{shared}: {free / 2**20:.0f} MiB free, batches on their way from loader workers take "
+                        f"{need / 2**20:.0f}; start the container with --shm-size=8g, or lower "
+                        f"dataset_conf.num_workers ({dataset['num_workers']}; 0 needs none)")  # fmt: skip
 
 
 def check_after(folder: Path, initial: Path, train_list: Path) -> dict[str, Any]:

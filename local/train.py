@@ -104,6 +104,8 @@ def main() -> None:
         if not path.is_file():
             raise UserError(f"{what} {path} does not exist; run the stage before this one, or correct the path", code=2)
     config = build_config(args)
+    if config["train_conf"].get("use_deepspeed") and "RANK" not in os.environ:
+        raise UserError("use_deepspeed is for several processes, NGPU=2 or more; set it to false for one", code=2)
     if int(os.environ.get("RANK", 0)) == 0:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         write_json(args.output_dir / "run.json", describe_run(args))

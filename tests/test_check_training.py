@@ -13,15 +13,25 @@ import pytest
 import torch
 import yaml
 
-from check_training import check_after, check_before, check_checkpoint, check_loss, check_room, check_rows_used
+from check_training import (
+    check_after,
+    check_before,
+    check_checkpoint,
+    check_loss,
+    check_room,
+    check_rows_used,
+    check_shared_memory,
+)
 from common import UserError, write_json, write_jsonl
 from mini import QUICK, ROOT, STAGES, arguments, curves, log_line, make_model, make_rows, train_here
 from nano import weights
 from nano.batch_size import gpu_bytes
 from nano.config import build_on_meta, effective, flat_items, read_stage
 from nano.dataset import Once
+from nano.model import FunASRNano
 from nano.train_log import read_log
 
+SORTED = {"batch_type": "token", "batch_size": 1500, "num_workers": 0}
 YAMLS = [path for path in sorted(ROOT.glob("conf/**/*.yaml")) if path.stem.startswith(("stage", "base_model"))]
 KEYS = [(path, key) for path in YAMLS for key in sorted(flat_items(yaml.safe_load(path.read_text())))]
 
@@ -237,6 +247,48 @@ def test_room_is_estimated_from_the_model_and_the_batch(meta, tmp_path):
     config3, model3 = meta[STAGES[2]]
     assert gpu_bytes(model, config, 8192, 8192) > gpu_bytes(model3, config3, 8192, 8192)
     check_room(model, config, tmp_path / "not" / "there yet", 2000)
+
+
+def test_a_container_with_too_little_shared_memory_is_refused_before_the_loader_fails_in_it(monkeypatch):
+    plenty = {"batch_type": "token", "batch_size": 120000, "num_workers": 16}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
+    with pytest.raises(UserError, match="64 MiB free, .* take 1367; start the container with --shm-size=8g"):
+        check_shared_memory(plenty, 12000, 10**9)
+    check_shared_memory(plenty, 12000, 10**5)  # of so few rows all batches together are less
+    check_shared_memory(plenty | {"num_workers": 0}, 12000, 10**9)
+
+
+def test_deepspeed_is_asked_for_before_the_data_are_read(refused, monkeypatch):
+    overlay = {"train_conf": {"use_deepspeed": True, "deepspeed_config": "/nowhere.json"}}
+    monkeypatch.setattr("check_training.find_spec", lambda name: None)
+    assert "deepspeed is not installed" in refused(overlay=overlay)[0]
+    monkeypatch.setattr("check_training.find_spec", lambda name: True)
+    assert "deepspeed_config '/nowhere.json' does not exist" in refused(overlay=overlay)[0]
+
+
+def test_where_the_gpu_takes_smaller_batches_validation_does_too_and_full_memory_is_one_line(
+    tmp_path, model_dir, rows, monkeypatch
+):
+    """A GPU's trial and its memory are what this machine lacks: the trial's outcome and the failure are given."""
+    seen: dict[bool, int] = {}
+    forward = FunASRNano.forward
+
+    def watched(self, speech, **batch):
+        training = torch.is_grad_enabled()
+        seen[training] = max(seen.get(training, 0), 6 * speech.shape[0] * speech.shape[1])
+        if full:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return forward(self, speech=speech, **batch)
+
+    monkeypatch.setattr(FunASRNano, "forward", watched)
+    monkeypatch.setattr("nano.trainer.fit", lambda *_: 400)
+    args = arguments(tmp_path, model_dir, rows, overlay=QUICK | {"dataset_conf": SORTED})
+    full = False
+    train_here(args)
+    assert seen == {True: pytest.approx(390, abs=40), False: pytest.approx(390, abs=40)}
+    full, args.output_dir = True, tmp_path / "full"
+    with pytest.raises(UserError, match="memory is full in the middle of training"):
+        train_here(args)
 
 
 @pytest.mark.full

@@ -328,8 +328,11 @@ def test_the_mix_is_chosen_on_dev_and_without_p_values(tmp_path):
 def test_auto_is_what_it_means_on_this_machine(tmp_path, monkeypatch):
     names = ("device", "dtype", "batch_size", "batch_seconds")
     auto = write_conf(tmp_path / "conf.yaml", **dict.fromkeys(names, "auto"))
-    for gpu, meant in ((False, ["cpu", "fp32", 32, 600]), (True, ["cuda", "bf16", 256, 9600])):
+    machines = {(False, False): ["cpu", "fp32", 32, 600], (True, False): ["cuda", "fp32", 256, 9600],
+                (True, True): ["cuda", "bf16", 256, 9600]}  # fmt: skip
+    for (gpu, bf16), meant in machines.items():
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, bf16=bf16: bf16)
         assert [read_conf(auto)[name] for name in names] == meant
     chosen = write_conf(tmp_path / "conf.yaml", device="cuda", batch_size=7)
     assert read_conf(chosen)["dtype"] == "bf16" and read_conf(chosen)["batch_size"] == 7

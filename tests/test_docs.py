@@ -34,9 +34,9 @@ VARIABLES = OPTIONS | {"WHEELS", "TORCH", "PLATFORM", "AUDIO", "HOTWORDS", "MODE
 TARGETS = {target for line in re.findall(r"^([a-z0-9 -]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
            for target in line.split()}  # fmt: skip
 FLAGS = {f"--{option.lower()}" for option in OPTIONS} | set(re.findall(r'"(--[a-z][a-z0-9_]+)"', SOURCE))
-# What FunASR, its configuration and pip call it.
+# What FunASR, its configuration, pip and docker call it.
 FOREIGN = {"init_param", "file_path_metas", "lsm_weight", "freeze_layer_num", "effective_save_name_excludes",
-           "batch_size_token_max", "--index-url"}  # fmt: skip
+           "batch_size_token_max", "--index-url", "--shm-size", "--ipc"}  # fmt: skip
 
 
 def code(path: Path) -> list[str]:

@@ -12,7 +12,7 @@ from funasr.models.fun_asr_nano import model as stock
 import nano.dataset
 import nano.layers
 from common import UserError
-from nano.batch_size import largest
+from nano.batch_size import heaviest, largest
 from nano.layers import compile_layers, inside
 from nano.model import FunASRNano
 
@@ -136,7 +136,7 @@ def test_utterances_in_a_row_give_the_loss_of_a_padded_batch(folder, monkeypatch
         return layer.linear_out(torch.cat(attended, 2).transpose(1, 2).flatten(2))
 
     monkeypatch.setattr(nano.layers, "attend_each", attend_each)
-    monkeypatch.setattr(nano.layers, "takes_rows", lambda x: True)
+    monkeypatch.setattr(nano.layers, "takes_rows", lambda x, layer: True)
     in_a_row, their_gradients = loss_and_gradients(model)
     # 40, 24 and 16 frames, at least half the encoder's kernel of 11 between two; an eighth of that in the adaptor.
     assert seen[nano.layers.FusedSANM] == [0, 40, 45, 69, 90, 106, 256]
@@ -304,3 +304,23 @@ def test_a_row_that_no_gpu_memory_holds_is_refused_and_not_tried_twice():
     with pytest.raises(UserError, match="one row of 12300 .* lower MAX_SPEECH_LENGTH"):
         largest(40000, 12300, lambda size: tried.append(size))
     assert len(tried) == len(set(tried)) and tried[-1] == 12300
+
+
+def test_batches_are_tried_that_the_sampler_makes_not_copies_of_its_shortest_row():
+    """A corpus of long segments with some calls of a word each, whose prompts are most of what the LLM is given."""
+    from funasr.register import tables
+
+    class Rows(list):
+        index_ds = property(lambda self: [{"assistant": ["字" * (frames // 33)]} for frames in self])
+        get_source_len = list.__getitem__
+
+    rng = np.random.default_rng(0)
+    rows = Rows(map(int, [*rng.uniform(4000, 8000, 180), *rng.uniform(35, 60, 20)]))
+    conf = {"batch_type": "token", "batch_size": 40000, "sort_size": 64, "max_token_length": 14000}
+    made = tables.batch_sampler_classes["BatchSampler"](rows, **conf, batch_size_sample_max=10**6)
+    sampler = made["batch_sampler"].stock
+    largest_of = {max(batch, key=rows.__getitem__): len(batch) for batch in sampler if batch}
+    heard, said = heaviest(sampler, rows)
+    assert heard in largest_of.items() and 0.8 * 40000 < rows[heard[0]] * heard[1] <= 40000
+    assert said in largest_of.items()
+    assert said[1] <= 20 < 40000 // min(rows)

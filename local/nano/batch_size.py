@@ -2,8 +2,8 @@
 
     tokens = fit(trainer, model, optim, loader)      # before the first step of a training
 
-Tried, not estimated: a step on a batch of the longest rows and one of those with most text for their length, which
-need most memory for the encoder and for the logits.
+Tried, not estimated: a step on what stands for two batches of the epoch, the one that needs most memory for the encoder
+and the one that does for the LLM.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from funasr.train_utils.device_funcs import to_device
 
 from common import UserError
 
-# Of the GPU's memory that the trial may use; the rest is for pieces that fit nothing.
+# Of the GPU's memory that the trial may use; the rest is for pieces that fit nothing and batches of other epochs.
 SHARE = 0.85
+PROMPT = 24  # tokens
 
 
 def largest(asked: int, longest: int, fits: Callable[[int], bool]) -> int:
@@ -31,6 +32,24 @@ def largest(asked: int, longest: int, fits: Callable[[int], bool]) -> int:
                             "MAX_SPEECH_LENGTH of stage 0")  # fmt: skip
         tokens = max(longest, int(0.8 * tokens))
     return tokens
+
+
+def heaviest(sampler: Any, dataset: Any) -> list[tuple[int, int]]:
+    """(row, copies) for the encoder's heaviest batch of FunASR's sampler and for the LLM's: its largest row, repeated.
+
+    Not of the whole list: a batch of nothing but the shortest rows, most of it prompts, hardly comes to be.
+    """
+    frames = dataset.get_source_len
+
+    def said(row: int) -> float:  # speech, prompt and text in tokens; logits of text take as much again and a half
+        return frames(row) / 48 + PROMPT + 2.5 * len(dataset.index_ds[row]["assistant"][0])
+
+    found = []
+    for weight in (frames, said):
+        row, copies = max(((max(batch, key=weight), len(batch)) for batch in sampler if batch),
+                          key=lambda pair: weight(pair[0]) * pair[1])  # fmt: skip
+        found.append((row, copies))
+    return found
 
 
 def gpu_bytes(model: torch.nn.Module, config: dict[str, Any], frames: int, longest: int) -> float:
@@ -64,16 +83,15 @@ def fit(trainer: stock.Trainer, model: torch.nn.Module, optim: torch.optim.Optim
     # Without DistributedDataParallel around it: a process that runs out of memory leaves the others waiting for none.
     bare = getattr(model, "module", model).train()
     trained = [parameter for parameter in bare.parameters() if parameter.requires_grad]
-    length = dataset.get_source_len
-    rows = range(len(dataset))
-    dearest = max(rows, key=length), max(rows, key=lambda row: len(dataset.index_ds[row]["assistant"][0]) / length(row))
+    asked, longest = sampler.batch_size, max(map(dataset.get_source_len, range(len(dataset))))
 
     def fits(tokens: int) -> bool:
+        sampler.batch_size = tokens
         try:
             # In the place of what Adam keeps of each parameter after the first step.
             _moments = [torch.empty_like(parameter) for parameter in trained for _ in range(0 if optim.state else 2)]
-            for row in dearest:
-                batch = dataset.collator([dataset[row]] * max(1, tokens // length(row)))
+            for row, copies in heaviest(sampler, dataset):
+                batch = dataset.collator([dataset[row]] * copies)
                 result: dict[str, Any] = {}
                 stock.Trainer.forward_step(trainer, bare, to_device(batch, trainer.device), result)
                 stock.Trainer.backward_step(trainer, bare, None, result)
@@ -84,18 +102,20 @@ def fit(trainer: stock.Trainer, model: torch.nn.Module, optim: torch.optim.Optim
             return False
 
     logging.info("trying how large batches may be, up to %d frames and tokens; layers are compiled on the way, which "
-                 "takes a minute or two", sampler.batch_size)  # fmt: skip
+                 "takes a minute or two", asked)  # fmt: skip
     torch.cuda.set_per_process_memory_fraction(SHARE)
     try:
-        tokens = largest(sampler.batch_size, length(dearest[0]), fits)
+        tokens = largest(asked, longest, fits)
     finally:
+        sampler.batch_size = asked
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1.0)
     if stock.dist.is_initialized():
         least = torch.tensor(tokens, device=trainer.device)
         stock.dist.all_reduce(least, op=stock.dist.ReduceOp.MIN)
         tokens = int(least)
-    if tokens < sampler.batch_size:
+    if tokens < asked:
         logging.warning("dataset_conf.batch_size %d does not fit this GPU; a batch has %d frames and tokens",
-                        sampler.batch_size, tokens)  # fmt: skip
+                        asked, tokens)  # fmt: skip
+    torch.cuda.reset_peak_memory_stats()  # the log's peak is training's
     return tokens

@@ -173,5 +173,8 @@ def read_conf(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: {error}; want a YAML file with {', '.join(names)}", code=2) from error
     if conf["device"] == "auto":
         conf["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    return {name: AUTO[name][conf["device"].startswith("cuda")] if value == "auto" else value
-            for name, value in conf.items()}
+    on_gpu = conf["device"].startswith("cuda")
+    auto = {name: values[on_gpu] for name, values in AUTO.items()}
+    if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        auto["dtype"] = "fp32"  # a GPU before Ampere computes bf16 in many more steps
+    return {name: auto[name] if value == "auto" else value for name, value in conf.items()}

@@ -57,9 +57,11 @@ def attend_each(
     return layer.linear_out(attended.flatten(1))[None]
 
 
-def takes_rows(x: torch.Tensor) -> bool:
-    """Whether flash attention can be used: in half precision, on GPUs since Ampere."""
-    return x.is_cuda and torch.is_autocast_enabled("cuda") and torch.cuda.get_device_capability(x.device) >= (8, 0)
+def takes_rows(x: torch.Tensor, layer: torch.nn.Module) -> bool:
+    """Whether flash attention can be used: half precision, a GPU since Ampere, heads of a multiple of 8."""
+    if not x.is_cuda or not torch.is_autocast_enabled("cuda") or layer.d_k % 8:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def in_a_row(x: torch.Tensor, lengths: torch.Tensor, gap: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
@@ -108,7 +110,7 @@ class FusedEncoder(SenseVoiceEncoderSmall):
     def forward(self, xs_pad: torch.Tensor, ilens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = self.embed(xs_pad * self.output_size() ** 0.5)
         (batch, frames), lengths = x.shape[:2], ilens.int()
-        if not takes_rows(x):
+        if not takes_rows(x, self.encoders0[0].self_attn):
             return self.through(x, inside(lengths, frames)[:, None, :].to(x.dtype)), lengths
         gap = max(self.encoders0[0].self_attn.pad_fn.padding)
         x, mask, *segments = in_a_row(x, lengths, gap)
@@ -137,7 +139,7 @@ class FusedTransformer(Transformer):
     def forward(self, x: torch.Tensor, ilens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         x = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[1] % self.k)).unflatten(1, (-1, self.k)).flatten(2)
         lengths, (batch, frames) = (ilens - 1) // self.k + 1, x.shape[:2]
-        rows = takes_rows(x)
+        rows = bool(self.blocks) and takes_rows(x, self.blocks[0].self_attn)
         if rows:
             x, _mask, *mask = in_a_row(x, lengths, 1)
         else:

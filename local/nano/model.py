@@ -109,7 +109,8 @@ class FunASRNano(stock.FunASRNano):
         speech_tokens, _lens = self.audio_adaptor(encoder_out, encoder_lens)
         embeddings = self.llm.model.get_input_embeddings()(input_ids.clamp(min=0))
         embeddings = place_speech(embeddings, speech_tokens, fbank_beg[:, 0], fake_token_len[:, 0])
-        if not embeddings.requires_grad:  # of LoRA, or the LLM's first layer would be compiled apart from the others
+        # Or, in training LoRA, the LLM's first layer would be compiled apart from the others.
+        if torch.is_grad_enabled() and not embeddings.requires_grad:
             embeddings.requires_grad_()
 
         dtype = stock.dtype_map[self.llm_dtype]

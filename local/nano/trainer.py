@@ -99,6 +99,8 @@ class Trainer(stock.Trainer):
                                 f"{self.world_size}; go on with as many GPUs as before")  # fmt: skip
             for field in OURS:
                 setattr(self, field, saved[field])
+            if not self.start_step:  # within an epoch its steps are counted; here this machine's GPU may be another
+                self.batch_tokens = None
             # Those of all processes, counted once.
             self.row_uses = saved["row_uses"].clone() if self.rank == 0 else torch.zeros_like(saved["row_uses"])
 
@@ -118,8 +120,12 @@ class Trainer(stock.Trainer):
         self.before_resume = (start_step, self.train_loss_avg, self.train_acc_avg)
         if not start_step:
             self.row_uses = torch.zeros(len(dataloader_train.dataset), dtype=torch.int32)
-        super().train_epoch(model=model, optim=optim, dataloader_train=dataloader_train, epoch=epoch,
-                            start_step=start_step, **kwargs)  # fmt: skip
+        try:
+            super().train_epoch(model=model, optim=optim, dataloader_train=dataloader_train, epoch=epoch,
+                                start_step=start_step, **kwargs)  # fmt: skip
+        except torch.cuda.OutOfMemoryError as error:
+            raise UserError("the GPU's memory is full in the middle of training; end other programs on it (nvidia-smi) "
+                            "and give the same command again: it goes on from the last checkpoint") from error
         uses = self._uses_of_all_processes()
         self.rows_used[str(epoch + 1)] = {
             "rows": len(uses), "missed": int((uses == 0).sum()), "repeated": int((uses - 1).clamp(min=0).sum()),
@@ -131,6 +137,8 @@ class Trainer(stock.Trainer):
         """Validate; after an epoch, count those without a better loss."""
         if self.idle:
             return
+        if self.batch_tokens:
+            kwargs["dataloader_val"].batch_sampler.stock.batch_size = self.batch_tokens
         super().validate_epoch(**kwargs)
         if kwargs.get("step_in_epoch") is None:
             self.epochs_no_improve += 1
@@ -199,7 +207,7 @@ class Trainer(stock.Trainer):
         name = f"model.pt.ep{epoch}" if inside is None else f"model.pt.ep{epoch}.{inside}"
         ours = {"row_uses": row_uses, "processes": self.world_size, **{field: getattr(self, field) for field in OURS}}
         if self.use_deepspeed:
-            super().save_checkpoint(epoch, step, model, optim, scheduler, scaler, step_in_epoch, **kwargs)
+            super().save_checkpoint(epoch, inside, model, optim, scheduler, scaler, step_in_epoch, **kwargs)
             if self.rank == 0:
                 weights.save_atomically(ours, self.folder / "model.pt" / BESIDE)
                 for old in {path.name for path in self.folder.glob("model.pt.ep*")} - {*self.saved_ckpts, name}:
