@@ -4,13 +4,16 @@
 
 With a GPU the model has the size of Fun-ASR-Nano-2512, without one it is the miniature; weights are random, nothing is
 downloaded. Corpora are noise: `long` as the plan's (mean 55 s, up to 120 s), `turns` of 1-15 s; a fifth of that on a
-CPU. There, a second is one of CPU time on one thread, so that other work on the machine does not show.
+CPU. There, a second is one of CPU time on one thread, so that other work on the machine does not show. What fails is
+null in the JSON and empty in the table, both written row by row; the rest goes on, and the exit code is 1.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import gc
 import json
 import logging
 import math
@@ -20,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +41,23 @@ import training_run  # noqa: E402
 from common import UserError, run, write_json, write_jsonl  # noqa: E402
 from meter import clock, needed_flops  # noqa: E402
 from training_run import Run, build_folder  # noqa: E402
+
+FAILED: list[str] = []  # parts that did
+
+
+def attempt(part: str, function: Callable, *args: Any) -> Any:
+    """What the function returns, or None after a line that says how it failed, with its memory freed."""
+    try:
+        return function(*args)
+    except Exception as error:  # whatever it is, what else is measured must not be lost for it
+        expected = isinstance(error, (UserError, torch.cuda.OutOfMemoryError))
+        message = " ".join(f"error: {part}: {type(error).__name__}: {error}".split())
+        logging.error("%s", message, exc_info=not expected)
+    FAILED.append(part)
+    gc.collect()
+    with contextlib.suppress(RuntimeError):  # of a GPU that answers no more
+        torch.cuda.empty_cache()
+    return None
 
 
 def write_corpus(folder: Path, name: str, scale: float, seconds: float) -> Path:
@@ -64,14 +85,14 @@ def write_corpus(folder: Path, name: str, scale: float, seconds: float) -> Path:
     return folder / f"{name}.jsonl"
 
 
-def measure(run: Run, tokens: int, seconds: float, number: int) -> dict[str, float]:
+def measure(run: Run, tokens: int, seconds: float, number: int, least: int | None = None) -> dict[str, float]:
     """One round: batches of all lengths, others for another number, after two that do not count.
 
     6 and 3 for each of the loader's workers at least: the first of all workers are made at once, and a few steps do not
     show whether the loader keeps up.
     """
     graphs = counters["stats"]["unique_graphs"]
-    meter = run.epoch(tokens, seconds, max(6, 3 * run.kwargs["dataset_conf"]["num_workers"]), number)
+    meter = run.epoch(tokens, seconds, least or max(6, 3 * run.kwargs["dataset_conf"]["num_workers"]), number)
     return {
         "compiled": counters["stats"]["unique_graphs"] - graphs,
         "rate": meter.seconds / meter.elapsed, "loader_share": meter.waited / meter.elapsed,
@@ -106,42 +127,61 @@ def same_loss(runs: dict[str, Run], device: str) -> dict[str, float]:
     return losses
 
 
+def batch_size(name: str, run: Run, args: argparse.Namespace) -> int:
+    """Frames and tokens of a variant's batches; on a GPU, ours is compiled on the way."""
+    if name == "stock":
+        return 6000
+    if name == "stock_largest":
+        return largest_batch(run, args.most_tokens)
+    tokens = run.fitting()
+    if args.device == "cpu":
+        return min(tokens, args.most_tokens)
+    measure(run, tokens, 0, 0, least=6)  # what is compiled for a batch of another kind shall not be in the times
+    return tokens
+
+
 def bench_stage(stage: str, corpus: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """The row of one stage on one corpus: stock at its default batch and at its largest, and ours."""
+    """The row of one stage on one corpus: ours, stock at its default batch and at its largest; None for what fails."""
+    title = f"{corpus.stem} {stage}"
     runs = {kind: Run(kind, stage, folder, corpus, args.work, args.device) for kind in ("stock", "ours")}
-    losses = same_loss(runs, args.device)
-    ours = runs["ours"].fitting()
-    ours = ours if args.device == "cuda" else min(ours, args.most_tokens)
-    variants = {
-        "ours": ("ours", ours), "stock": ("stock", 6000),
-        "stock_largest": ("stock", largest_batch(runs["stock"], args.most_tokens)),
-    }  # fmt: skip
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
-    if args.device == "cuda":  # what is compiled for a batch of another kind shall not be in the times
-        measure(runs["ours"], ours, 0, 0)
+    losses = attempt(f"{title} losses", same_loss, runs, args.device)
+    tokens: dict[str, int] = {}
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in ("ours", "stock", "stock_largest")}
+
+    def one_round(name: str, number: int) -> None:
+        run = runs[name.partition("_")[0]]
+        if name not in tokens:  # found in its turn, so that no search stands before figures that do not need it
+            tokens[name] = batch_size(name, run, args)
+        rounds[name].append(measure(run, tokens[name], args.round_seconds, number))
+        logging.info("%s %s, round %d: %s", title, name, number, {
+            key: round(value, 3) for key, value in rounds[name][-1].items() if value is not None
+        })  # fmt: skip
+
     for number in range(1, args.rounds + 1):
-        for name, (kind, tokens) in variants.items():
-            rounds[name].append(measure(runs[kind], tokens, args.round_seconds, number))
-            logging.info("%s %s %s, round %d: %s", corpus.stem, stage, name, number, {
-                key: round(value, 3) for key, value in rounds[name][-1].items() if value is not None
-            })  # fmt: skip
+        for name in rounds:
+            attempt(f"{title} {name}", one_round, name, number)
     row: dict[str, Any] = {"stage": stage, "corpus": corpus.stem, "losses": losses, "details": {}}
+    row |= dict.fromkeys(rounds)
     for name, results in rounds.items():
+        if not results:
+            continue
         middle = {key: statistics.median(r[key] for r in results) for key in results[0] if results[0][key] is not None}
         row[name] = round(middle["rate"], 1)
         row["details"][name] = {
-            "tokens": variants[name][1], **{key: round(value, 4) for key, value in middle.items() if key != "flops"},
+            "tokens": tokens[name], **{key: round(value, 4) for key, value in middle.items() if key != "flops"},
             "mfu": round(middle["flops"] / args.peak_flops, 4), "rates": [round(r["rate"], 1) for r in results],
         }  # fmt: skip
-    mine = row["details"]["ours"]
-    if args.profile:
-        runs["ours"].profile(ours, args.work / f"profile.{corpus.stem}.{stage}.txt")
-    return row | {"peak_gib": mine.get("peak_gib"), "mfu": mine["mfu"]} | ratios(row)
+    mine = row["details"].get("ours", {})
+    if args.profile and mine:
+        path = args.work / f"profile.{corpus.stem}.{stage}.txt"
+        attempt(f"{title} profile", runs["ours"].profile, tokens["ours"], path)
+    return row | {"peak_gib": mine.get("peak_gib"), "mfu": mine.get("mfu")} | ratios(row)
 
 
-def ratios(row: dict[str, Any]) -> dict[str, float]:
+def ratios(row: dict[str, Any]) -> dict[str, float | None]:
     """Medians over rounds are compared; the spread of the rounds is in `details`."""
-    return {name: round(row["ours"] / row[f"stock{name[5:]}"], 2) for name in ("ratio", "ratio_largest")}
+    ours, stocks = row["ours"], {"ratio": row["stock"], "ratio_largest": row["stock_largest"]}
+    return {name: round(ours / stock, 2) if ours and stock else None for name, stock in stocks.items()}
 
 
 def bench_decoding(corpus: Path, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -181,18 +221,22 @@ def bench_decoding(corpus: Path, folder: Path, args: argparse.Namespace) -> dict
     typical = sorted(rows, key=lambda row: row["speech_length"])[len(rows) // 2 :][:2]
     work = {"stock": [[row] for row in typical], "ours": [many[len(many) // 4], many[3 * len(many) // 4]]}
     rates: dict[str, list[float]] = {"stock": [], "stock_largest": [], "ours": []}
-    for _ in range(args.rounds):
-        for name, batches in work.items():
-            torch.backends.cuda.enable_cudnn_sdp(name == "stock")
-            began = clock(args.device)
-            for batch in batches:
-                recognisers[name].transcribe([utterance(row, 16000) for row in batch], 512, 3.0)
-            seconds = sum(row["speech_length"] for batch in batches for row in batch) / 100
-            rates[name].append(seconds / (clock(args.device) - began))
+
+    def one_round(name: str, number: int) -> None:
+        torch.backends.cuda.enable_cudnn_sdp(name == "stock")
+        began = clock(args.device)
+        for batch in work[name]:
+            recognisers[name].transcribe([utterance(row, 16000) for row in batch], 512, 3.0)
+        seconds = sum(row["speech_length"] for batch in work[name] for row in batch) / 100
+        rates[name].append(seconds / (clock(args.device) - began))
+        logging.info("%s decoding %s, round %d: %.1f", corpus.stem, name, number, rates[name][-1])
+
+    for number in range(1, args.rounds + 1):
+        for name in work:
+            attempt(f"{corpus.stem} decoding {name}", one_round, name, number)
     middle = {name: round(statistics.median(values), 1) if values else None for name, values in rates.items()}
-    nothing = dict.fromkeys(("ratio_largest", "peak_gib", "mfu"))
-    return {"stage": "decoding", "corpus": corpus.stem, **middle, "ratio": round(middle["ours"] / middle["stock"], 2),
-            **nothing, "details": {"batch_size": conf["batch_size"], "rates": rates}}  # fmt: skip
+    return {"stage": "decoding", "corpus": corpus.stem, **middle, **ratios(middle), "peak_gib": None, "mfu": None,
+            "details": {"batch_size": conf["batch_size"], "rates": rates}}  # fmt: skip
 
 
 def matmul_flops(device: str) -> float:
@@ -217,7 +261,8 @@ def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         part = [row["details"].get(name, {}) for name in ("stock", "stock_largest", "ours")]
 
         def three(key: str, form: str, part=part) -> str:
-            return " / ".join(format(p[key], form) for p in part) if all(key in p for p in part) else ""
+            cells = [format(p[key], form) if key in p else "-" for p in part]
+            return " / ".join(cells) if any(key in p for p in part) else ""
 
         cells = [row["corpus"], row["stage"], row["stock"], row["stock_largest"], row["ours"], row["ratio"],
                  row["ratio_largest"], three("batch_seconds", ".0f"), three("loader_share", ".0%"),
@@ -228,6 +273,15 @@ def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
             f"{', '.join(f'{name} {number}' for name, number in facts['versions'].items())}; "
             f"audio-seconds per {unit}, medians of {facts['rounds']} rounds\n\n"
             + "\n".join(f"| {line} |" for line in lines) + "\n")  # fmt: skip
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]], text: str) -> None:
+    """Rows as JSON, and as the table of --table's file."""
+    write_json(args.output, rows)
+    if args.table:
+        before, mark, after = args.table.read_text("utf-8").partition("<!-- table -->\n")
+        rest = after.partition("<!-- end -->\n")
+        args.table.write_text(f"{before}{mark}{text}<!-- end -->\n{rest[2]}", "utf-8")
 
 
 def get_args() -> argparse.Namespace:
@@ -268,15 +322,13 @@ def main() -> None:
         for number in args.stages:
             began = time.monotonic()
             bench = [*(functools.partial(bench_stage, stage) for stage in full_size.STAGES), bench_decoding][number - 1]
-            row = bench(corpus, folder, args)
-            rows.append({**facts, **row, "took_seconds": round(time.monotonic() - began, 1)})
-            write_json(args.output, rows)  # what is measured is kept if the next one fails
-    text = table(rows, facts)
-    print(text)
-    if args.table:
-        before, mark, after = args.table.read_text("utf-8").partition("<!-- table -->\n")
-        rest = after.partition("<!-- end -->\n")
-        args.table.write_text(f"{before}{mark}{text}<!-- end -->\n{rest[2]}", "utf-8")
+            row = attempt(f"{name} stage {number}", bench, corpus, folder, args)
+            if row:
+                rows.append({**facts, **row, "took_seconds": round(time.monotonic() - began, 1)})
+                write(args, rows, table(rows, facts))  # what is measured is kept, whatever becomes of the next one
+    print(table(rows, facts))
+    if FAILED:
+        raise UserError(f"failed: {', '.join(FAILED)}; see the lines above")
 
 
 if __name__ == "__main__":

@@ -159,10 +159,13 @@ class Run:
         meter = Meter(loader, self)
         self.use_own_kernels()
         self.trainer.step_in_epoch = 0
-        self.trainer.train_epoch(
-            model=self.model, optim=self.optim, scheduler=self.scheduler, scaler=None, dataloader_train=meter,
-            dataloader_val=None, epoch=0,
-        )  # fmt: skip
+        try:
+            self.trainer.train_epoch(
+                model=self.model, optim=self.optim, scheduler=self.scheduler, scaler=None, dataloader_train=meter,
+                dataloader_val=None, epoch=0,
+            )  # fmt: skip
+        finally:
+            self.optim.zero_grad(set_to_none=True)  # a step that fails leaves gradients in memory others are timed in
         return meter
 
     def sample(self) -> dict[str, Any]:
