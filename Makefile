@@ -5,6 +5,9 @@ ifeq ($(strip $(EXP_OUTPUT)),)  # not `?=`: of one that is set and empty, `make 
 ifdef CONFIG
 override EXP_OUTPUT := $(shell bash -c 'source local/parse_options.sh; unset EXP_OUTPUT; parse_options 0 --config "$$1"; \
   echo "$$EXP_OUTPUT"' make '$(subst ','\'',$(CONFIG))')
+ifneq ($(.SHELLSTATUS),0)  # else `make clean` would remove the demo of another experiment
+$(error CONFIG=$(CONFIG) cannot be read)
+endif
 endif
 endif
 ifeq ($(strip $(EXP_OUTPUT)),)
