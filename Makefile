@@ -19,7 +19,6 @@ MODEL_DIR ?= $(EXP_OUTPUT)/final_model
 VENV := .venv/bin/python
 DEMO = $(EXP_OUTPUT)/demo
 CORPUS = $(DEMO)/corpus
-LISTEN = $(CORPUS)/wideband_dev.jsonl
 # The demo is the same everywhere: no GPU, and none of a real experiment's options that the environment sets.
 DEMO_ENV := env $(shell sed -n 's/^\([A-Z][A-Z0-9_]*\)=.*/-u \1/p' conf/experiment.conf) CUDA_VISIBLE_DEVICES=
 # A file of tests in one process, so that what it builds is built once; one thread each, as they run side by side. Of
@@ -104,10 +103,8 @@ bench: setup  ## speed of simulation (beside its peers), stage 0, training (besi
 	@$(VENV) bench/stage0.py --output "$(EXP_OUTPUT)/bench/stage0.json"
 	@$(VENV) bench/training.py --output "$(EXP_OUTPUT)/bench/training.json"
 
-listen: setup  ## calls before and after, to hear and see: $EXP_OUTPUT/listen/index.html; LISTEN= is a corpus
-	@test "$(LISTEN)" != "$(CORPUS)/wideband_dev.jsonl" || test -e "$(LISTEN)" || \
-	  $(DEMO_ENV) $(VENV) demo/speak_corpus.py --output "$(CORPUS)" --seed "$(SEED)"
-	@$(VENV) local/listen.py --input "$(LISTEN)" --output "$(EXP_OUTPUT)/listen/index.html" --seed "$(SEED)"
+listen: setup  ## calls before and after, to hear and see: $EXP_OUTPUT/listen/index.html; CONFIG=my.conf, LISTEN=corpus
+	@$(VENV) local/listen.py $(if $(LISTEN),--input "$(LISTEN)")
 
 clean:  ## remove the demo and caches; the real experiment and .venv stay
 	rm -rf "$(DEMO)" .pytest_cache .ruff_cache .hypothesis && find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

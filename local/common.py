@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import site
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -23,6 +24,12 @@ USERS_TO_MEND = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ER
 # The text of a row in which nobody speaks: what the released model writes for silence and noise, and FunASR takes out
 # of what was recognised (funasr/models/fun_asr_nano/model.py, 1.4.16). Rows without text it would not train on.
 NO_SPEECH = "/sil"
+ROOT = Path(__file__).resolve().parent.parent
+READ_OPTIONS = """set -euo pipefail
+source local/parse_options.sh
+parse_options "$@"
+check_options
+for name in "${OPTIONS[@]}"; do printf '%s=%s\\0' "$name" "${!name}"; done"""
 
 
 class UserError(Exception):
@@ -75,6 +82,18 @@ def atomic_write(path: str | os.PathLike, mode: str = "w", sync: bool = True) ->
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_options(given: Iterable[str] = (), stage: int = 1) -> dict[str, str]:
+    """The options of run_experiment.sh by name, as the shell itself reads them: `given`, the environment, --config.
+
+    Relative paths start at ROOT. UserError for a mistake that would keep stages `stage` to 5 from starting.
+    """
+    command = ["bash", "-c", READ_OPTIONS, "options", str(stage), "5", *given]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(done.stderr.removeprefix("error: "), done.returncode)
+    return dict(line.split("=", 1) for line in done.stdout.split("\0")[:-1])
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:

@@ -1,7 +1,9 @@
 r"""Write one HTML page of utterances before and after the telephone: a player and a spectrogram each, a kind a row.
 
-    python local/listen.py --input corpus/dev.jsonl --output exp_output/listen/index.html
+    python local/listen.py --input corpus/dev.jsonl --output listen.html     # or: make listen CONFIG=my.conf
 
+Corpus, channel, seed and place of the page are those of the experiment (RAW_16K_DEV, CHANNEL_CONF, SEED, EXP_OUTPUT in
+the environment or its CONFIG) where no flag says otherwise; without any corpus, the demo's is spoken.
 Every row is another utterance. Its channel is drawn as stage 0 draws it, from (seed, key); then what the row's title
 names is put in, and the line below says what else there was, by the names of the YAML. The page needs no network.
 """
@@ -13,6 +15,8 @@ import base64
 import contextlib
 import io
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +26,7 @@ import numpy as np
 import soundfile
 
 import audio
-from common import UserError, atomic_write, run
+from common import ROOT, UserError, atomic_write, read_options, run
 from corpus import read_rows, segment
 from telephone import noise
 from telephone.channel import apply, draw, load_config
@@ -65,11 +69,23 @@ p{margin:.3rem 0}small{color:#666;overflow-wrap:anywhere}</style>
 
 def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, required=True, help="Wideband corpus: JSONL or a Kaldi folder.")
-    parser.add_argument("--output", type=Path, required=True, help="HTML file to write.")
-    parser.add_argument("--config", type=Path, default=Path("conf/telephone_channel.yaml"), help="Distributions.")
-    parser.add_argument("--seed", type=int, default=0, help="Another seed draws other channels.")
-    return parser.parse_args()
+    parser.add_argument("--input", type=Path, help="Wideband corpus: JSONL or a Kaldi folder.")
+    parser.add_argument("--output", type=Path, help="HTML file to write.")
+    parser.add_argument("--config", type=Path, help="Distributions, as conf/telephone_channel.yaml.")
+    parser.add_argument("--seed", type=int, help="Another seed draws other channels.")
+    args, options = parser.parse_args(), read_options()
+    args.output = args.output or ROOT / options["EXP_OUTPUT"] / "listen/index.html"
+    args.config = args.config or ROOT / options["CHANNEL_CONF"]
+    args.seed = int(options["SEED"]) if args.seed is None else args.seed
+    if not args.input and not options["RAW_16K_DEV"]:
+        corpus = ROOT / options["EXP_OUTPUT"] / "demo/corpus"
+        args.input = corpus / "wideband_dev.jsonl"
+        if not args.input.exists():
+            command = [sys.executable, ROOT / "demo/speak_corpus.py", "--output", corpus, "--seed", options["SEED"]]
+            if code := subprocess.call(command):
+                sys.exit(code)
+    args.input = args.input or ROOT / options["RAW_16K_DEV"]
+    return args
 
 
 def utterances(path: Path) -> Iterator[tuple[dict[str, Any], np.ndarray]]:

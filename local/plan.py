@@ -16,29 +16,19 @@ import logging
 import os
 import re
 import shlex
-import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from itertools import cycle, islice
 from pathlib import Path
 
 import audio
-from common import UserError, atomic_write, read_jsonl, run
+from common import ROOT, UserError, atomic_write, read_jsonl, read_options, run
 from corpus import count_rows, hash_share, read_rows, segment
 
-ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = 200  # recordings of a set whose length is read before stage 0
 SIMULATED, REAL, WIDEBAND, SILENCE = "simulated_8k_telephone", "real_8k_telephone", "wideband_16k", "no_speech"
 OPTION = {SIMULATED: "RAW_16K", REAL: "REAL_8K", WIDEBAND: "RAW_16K"}
 STAGES = ("stage1_encoder_adapt", "stage2_adapter_align", "stage3_lora_domain")
-# The shell's own reading of its options; only a stage 0 that is still to come needs the corpora.
-READ_OPTIONS = """set -euo pipefail
-source local/parse_options.sh
-parse_options 1 5 "$@"
-for list in "$EXP_OUTPUT"/data/{simulated_8k_telephone,real_8k_telephone,wideband_16k}/{train,dev,test}_formatted.jsonl
-do [[ -f $list ]] || STAGE=0; done
-check_options
-for name in "${OPTIONS[@]}"; do printf '%s=%s\\0' "$name" "${!name}"; done"""
 Lengths = list[tuple[int, int]]  # 10 ms frames and tokens of each row
 
 
@@ -197,10 +187,11 @@ def main() -> None:
                                      usage="%(prog)s [--option value ...]", allow_abbrev=False)  # fmt: skip
     given = parser.parse_known_args()[1]
     os.chdir(ROOT)  # as run_experiment.sh does
-    done = subprocess.run(["bash", "-c", READ_OPTIONS, "plan", *given], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(done.stderr.removeprefix("error: "), done.returncode)
-    options = dict(line.split("=", 1) for line in done.stdout.split("\0")[:-1])
+    options = read_options(given)
+    lists = [Path(options["EXP_OUTPUT"], "data", corpus, f"{split}_formatted.jsonl")
+             for corpus in OPTION for split in ("train", "dev", "test")]  # fmt: skip
+    if not all(path.is_file() for path in lists):
+        read_options(given, stage=0)  # which is still to come and needs the corpora
     # What the environment sets is there now; who copies the commands elsewhere needs it said. A later word wins.
     outside = [name for name in ("CONFIG", *options) if name in os.environ]
     given = [word for name in outside for word in (f"--{name.lower()}", os.environ[name])] + given

@@ -80,3 +80,18 @@ def test_a_corpus_without_speech_is_one_line(page):
     done = run(folder, "--input", "none.jsonl")
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: --input none.jsonl")
     assert run(folder, "--input", "no.jsonl").returncode == 2
+
+
+def test_an_experiment_is_heard_with_its_own_corpus_and_channel(page, tmp_path, monkeypatch):
+    folder, _ = page
+    (tmp_path / "my channel.yaml").write_text((ROOT / "conf/telephone_channel.yaml").read_text("utf-8"), "utf-8")
+    (tmp_path / "my.conf").write_text(f"EXP_OUTPUT={tmp_path}/exp\nRAW_16K_DEV={folder}/in.jsonl\nSEED=7\n"
+                                      f'CHANNEL_CONF="{tmp_path}/my channel.yaml"\n')  # fmt: skip
+    monkeypatch.setenv("CONFIG", str(tmp_path / "my.conf"))
+    monkeypatch.setattr(sys, "argv", ["listen.py"])
+    listen.main()
+    text = (tmp_path / "exp/listen/index.html").read_text("utf-8")
+    assert f"{tmp_path}/my channel.yaml, seed 7" in text and html.escape("<b>1: ") in text
+    assert [path.name for path in (tmp_path / "exp").iterdir()] == ["listen"]
+    made = subprocess.check_output(["make", "-n", "listen", "LISTEN=a.jsonl"], cwd=ROOT, text=True)
+    assert 'local/listen.py --input "a.jsonl"' in made and "speak_corpus" not in made
