@@ -81,10 +81,7 @@ def length(
 ) -> Length:
     """Length of what `read` would return, from the header where it says so, else by reading; AudioError as there."""
     path = os.fspath(path)
-    try:
-        header = soundfile.info(path)
-    except (soundfile.LibsndfileError, TypeError):  # TypeError: .raw without a rate
-        header = None
+    header = _header(path)
     if header is None or header.frames <= 0 or _is_length_unknown(header, path):
         samples, rate = read(path, channel, start, end)
         return Length(len(samples), rate, False)
@@ -95,6 +92,13 @@ def length(
     plain = header.format in ("WAV", "WAVEX", "FLAC") and header.subtype in ("PCM_16", "PCM_24", "PCM_32", "FLOAT")
     whole = header.channels == 1 and (first, last) == (0, header.frames)
     return Length(last - first, header.samplerate, plain and whole)
+
+
+def channels(path: str, decode: bool = True) -> int:
+    """Channels of a recording; 0 for one whose header libsndfile cannot read and that is not to be decoded for it."""
+    if header := _header(path):
+        return header.channels
+    return _decode_whole(path, os.stat(path).st_mtime_ns)[0].shape[1] if decode else 0
 
 
 def rms_level(samples: np.ndarray) -> float:
@@ -126,6 +130,13 @@ def file_name(key: str, suffix: str = ".flac", letters: str = "A-Za-z0-9") -> st
         return key + suffix
     readable = re.sub(rf"[^{letters}-]+", "_", key)[:40].strip("_-")
     return f"{readable}~{hashlib.sha256(key.encode('utf-8', 'surrogatepass')).hexdigest()[:20]}{suffix}"
+
+
+def _header(path: str) -> soundfile._SoundFileInfo | None:
+    try:
+        return soundfile.info(path)
+    except (soundfile.LibsndfileError, TypeError):  # TypeError: .raw without a rate
+        return None
 
 
 def _decode_soundfile(path: str, start: float, end: float | None) -> tuple[np.ndarray, int] | None:

@@ -8,6 +8,7 @@ Every line becomes one entry, and every entry goes to one side, so in = out + re
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -21,10 +22,12 @@ from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
+import audio
 from common import UserError, atomic_write, read_jsonl
 
 OPTIONAL = ("raw_target", "speaker", "call", "language", "corpus", "band", "offered", "wideband_source")
 FIELDS = ("key", "source", "target", *OPTIONAL, "channel", "start", "end")
+SIDES = {"A": 0, "1": 0, "B": 1, "2": 1}  # of reco2file_and_channel
 MAX_DEPTH = 100  # brackets within brackets: far below what workers and writers of JSON can take
 
 
@@ -58,7 +61,8 @@ def corpus_files(path: str | os.PathLike) -> list[Path]:
         return [folder]
     if not (folder / "wav.scp").is_file() or not (folder / "text").is_file():
         raise UserError(f"{path} is neither a JSONL file nor a folder with wav.scp and text", code=2)
-    return [file for name in ("segments", "wav.scp", "text", "utt2spk") if (file := folder / name).is_file()]
+    names = ("segments", "wav.scp", "text", "utt2spk", "reco2file_and_channel")
+    return [file for name in names if (file := folder / name).is_file()]
 
 
 def count_rows(path: str | os.PathLike) -> int:
@@ -195,9 +199,11 @@ def _read_kaldi(utterances: Path) -> Iterator[Entry]:
             text[key] = words
     speakers = _kaldi_table(folder / "utt2spk")
     recordings = _kaldi_table(folder / "wav.scp") if segments else {}
+    sides = _kaldi_table(folder / "reco2file_and_channel")
     unread = dict.fromkeys(text)
     for key, rest in _kaldi_lines(utterances):
         unread.pop(key, None)
+        recording = key
         given: dict[str, Any] = {"key": key, "source": rest, "target": text.get(key), "speaker": speakers.get(key)}
         if segments:
             try:
@@ -211,10 +217,23 @@ def _read_kaldi(utterances: Path) -> Iterator[Entry]:
                 del given["end"]
             # The segments of a recording are one call, which dev and test must not share.
             given |= {"source": recordings.get(recording, ""), "call": recording}
+            if recording not in recordings:
+                yield Entry(given, None, "missing_field", f"recording {recording} is not in wav.scp")
+                continue
+        if recording in sides:  # the sides of a call, too, are one
+            given["call"], _, side = sides[recording].partition(" ")
+            given["channel"] = _kaldi_channel(given["source"], side.strip())
         yield check_row(given, Path.cwd())  # Kaldi's relative paths start where the recipe is run
     for key in unread:
         given = {"key": key, "target": text[key]}
         yield Entry(given, None, "missing_field", f"{key} is in `text` and not in the list of audio")
+
+
+@functools.lru_cache  # the segments of a recording follow each other
+def _kaldi_channel(source: str, side: str) -> int | str | None:
+    """The channel that a side of reco2file_and_channel is; None where a file of its own holds it already."""
+    channel = SIDES.get(side, side)
+    return None if channel == 1 and audio.channels(source, decode=False) == 1 else channel
 
 
 def group_rows(rows: list[dict[str, Any]], by: Iterable[str]) -> list[list[int]]:

@@ -122,7 +122,7 @@ def filter_corpus(args: argparse.Namespace) -> None:
     others = read_others(args.against, args.against_audio)
     settings = {"rules": rules, "check_text": args.filter_annotation_error == "true", "offered": args.expect_band}
     work = functools.partial(inspect, limits=train_limits(args, rules, total), **settings)
-    heard, wrong = Seen(), 0
+    heard, wrong, mixed = Seen(), 0, 0
     with open_ledger(args.output, args.max_reject_ratio) as ledger:
         inspected = parallel(work, unique(read_rows(args.input)), args.num_workers, args.dask_scheduler)
         for entry in progress(inspected, total, f"filter {args.split}"):
@@ -131,7 +131,10 @@ def filter_corpus(args: argparse.Namespace) -> None:
             elif entry.row:
                 heard.add(entry.row["audio_hash"])
                 wrong += args.expect_band not in (None, entry.row["band"])
+                mixed += "channels" in entry.row
             ledger.add(entry)
+        if mixed:  # said before the ledger may fail: two sides that are one mix are duplicates
+            logging.warning("%d of %d rows are the mix of several channels: no `channel` was given", mixed, ledger.kept)
     if wrong:
         message = "%d of %d rows offered as %s are not, by their energy above 4 kHz"
         logging.warning(message, wrong, ledger.kept, args.expect_band)
@@ -182,6 +185,8 @@ def inspect(
     row = {"raw_target": raw} | entry.row | {"target": text, "seconds": round(len(x) / rate, 3)}
     row["audio_hash"] = hashlib.sha256(x.tobytes()).hexdigest()[:16]
     row["band"] = "telephone" if audio.is_narrow_band(x, rate) else "wideband"
+    if "channel" not in row and (channels := audio.channels(row["source"])) > 1:
+        row["channels"] = channels  # which were mixed
     return Entry(entry.given, row | ({"offered": offered} if offered else {}))
 
 

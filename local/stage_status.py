@@ -37,7 +37,7 @@ STAGES = {
 }
 CLOCK = "%Y-%m-%d %H:%M:%S"
 CHOSEN = {"TEXT_STYLE": 0, "FRONTEND_FS": 1}  # options that are chosen at a stage, and kept by those after it
-KALDI_FILES = ("wav.scp", "text", "segments", "utt2spk")
+KALDI_FILES = ("wav.scp", "text", "segments", "utt2spk", "reco2file_and_channel")
 
 
 def get_args() -> argparse.Namespace:

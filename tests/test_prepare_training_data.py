@@ -361,11 +361,30 @@ def test_a_kaldi_folder_with_segments(tmp_path, monkeypatch):
         "start": 0.5, "end": 2.5,
     }
     assert "end" not in entries["b"].row
+    assert entries["d"].detail == "recording rec9 is not in wav.scp"
     done = command("filter", "--input", tmp_path, "--output", tmp_path / "o.jsonl", "--max_reject_ratio", "1")
     assert done.returncode == 0 and [row["seconds"] for row in read_lines(tmp_path / "o.jsonl")] == [2.0, 6.0]
     done = command("convert", "--input", tmp_path, "--output", tmp_path / "f.jsonl", "--do_upsample",
                    "--max_reject_ratio", "1")
     assert done.returncode == 0 and [row["speech_length"] for row in read_lines(tmp_path / "f.jsonl")] == [200, 600]
+
+
+def test_the_sides_of_a_kaldi_call_are_its_channels_and_a_mix_is_said(tmp_path):
+    sides = [speech(4.0, 8000, seed) for seed in range(3)]
+    soundfile.write(tmp_path / "stereo.wav", np.stack(sides[:2], 1), 8000)
+    soundfile.write(tmp_path / "mono.wav", sides[2], 8000)
+    write_lines(tmp_path / "wav.scp", (f"{name} {tmp_path}/{file}.wav" for name, file in
+                (("x-A", "stereo"), ("x-B", "stereo"), ("y-B", "mono"), ("z", "stereo"))))
+    write_lines(tmp_path / "text", ("a 一", "b 二", "c 三", "d 四"))
+    write_lines(tmp_path / "segments", ("a x-A 0 2", "b x-B 0 2", "c y-B 0 2", "d z 0 2"))
+    write_lines(tmp_path / "reco2file_and_channel", ("x-A x A", "x-B x\t2", "y-B y B", "z z C"))
+    found = [(entry.reason, entry.given["call"], entry.row and entry.row.get("channel"))
+             for entry in read_rows(tmp_path)]
+    assert found == [("", "x", 0), ("", "x", 1), ("", "y", None), ("bad_field", "z", None)]
+    write_lines(tmp_path / "reco2file_and_channel", ("x-A x A", "x-B x B", "y-B y B"))
+    done = command("filter", "--input", tmp_path, "--output", tmp_path / "o.jsonl", "--split", "dev")
+    assert [row.get("channels") for row in read_lines(tmp_path / "o.jsonl")] == [None, None, None, 2]
+    assert "1 of 4 rows are the mix of several channels: no `channel` was given" in done.stderr
 
 
 @pytest.mark.parametrize("name, lines", [("wav.scp", "rec1 a.wav\nrec1 b.wav\n"), ("utt2spk", "a zhang\na li\n")])
