@@ -15,6 +15,7 @@ import heapq
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -45,11 +46,19 @@ def split(args: argparse.Namespace) -> None:
 
 
 def sample(args: argparse.Namespace) -> None:
-    """Write some rows of a corpus, bad ones too, chosen by a hash: a trial of what the whole will do."""
+    """Write some rows of a corpus, bad ones too, chosen by a hash, calls in turn: a trial of what the whole will do."""
     entries = progress(corpus.read_rows(args.input), corpus.count_rows(args.input), "sample")
+    pool = heapq.nsmallest(100 * args.rows, entries, key=lambda entry: corpus.hash_share(str(entry.given)))
+    taken: Counter[str] = Counter()
+    turns = []  # a second row of a call comes after the first of every other: `split` needs two of them
+    for entry in pool:
+        given = entry.row or (entry.given if isinstance(entry.given, dict) else {})
+        call = str(given.get("call") or given.get("speaker") or given.get("source"))
+        turns.append(taken[call])
+        taken[call] += 1
     with atomic_write(args.output) as file:
-        for entry in heapq.nsmallest(args.rows, entries, key=lambda entry: corpus.hash_share(str(entry.given))):
-            given = entry.row or entry.given
+        for number in sorted(range(len(pool)), key=turns.__getitem__)[: args.rows]:
+            given = pool[number].row or pool[number].given
             file.write((given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)) + "\n")
 
 

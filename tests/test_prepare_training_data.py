@@ -434,6 +434,14 @@ def test_a_sample_takes_bad_rows_too_and_starts_anywhere(tmp_path, corpus):
     assert sources == {str(tmp_path / row["source"]) for row in corpus}
 
 
+@pytest.mark.parametrize("name", ["call", "speaker"])
+def test_a_sample_can_be_split(tmp_path, name):
+    rows = [{"key": f"{i}", "source": "a.wav" if i else "b.wav", "target": "好", name: f"{i % 200 == 0:d}"}
+            for i in range(600)]  # fmt: skip
+    main(["sample", "--input", str(write_lines(tmp_path / "in.jsonl", rows)), "--output", str(tmp_path / "out.jsonl")])
+    assert sorted(row[name] for row in read_lines(tmp_path / "out.jsonl")) == ["0"] * 7 + ["1"] * 3
+
+
 def test_a_sample_of_a_kaldi_folder_is_rejected_for_the_reasons_of_the_folder(tmp_path):
     (tmp_path / "wav.scp").write_text("a sph2pipe -f wav a.sph |\n")
     (tmp_path / "text").write_text("a 好\n")
