@@ -218,8 +218,8 @@ def main() -> None:
             dialogue = kept if kept.get("made_of") == made_of else None
             if dialogue is None:
                 if os.path.abspath(kept.get("audio", path)) != os.path.abspath(path):
-                    detail = f"{output} is the transcript of {kept['audio']}; give another --output_dir"
-                    raise audio.AudioError("duplicate_key", detail)
+                    advice = "give another --output_dir (TRANSCRIBED= of make)"
+                    raise audio.AudioError("duplicate_key", f"{output} is the transcript of {kept['audio']}; {advice}")
                 if recogniser is None:
                     recogniser, vad = Recogniser(args.model_dir, conf["device"], conf["dtype"]), load_vad()
                 dialogue = transcribe(path, recogniser, vad, recogniser.prompt(hotwords), conf)

@@ -30,7 +30,8 @@ SOURCES = [path for pattern in ("local/**/*", "demo/*", "bench/*", "conf/**/*", 
 SOURCE = "\n".join(path.read_text("utf-8") for path in SOURCES)
 OPTIONS = set(re.findall(r"^([A-Z][A-Z0-9_]*)=", (ROOT / "conf/experiment.conf").read_text("utf-8"), re.MULTILINE))
 # Variables of make, of setup.sh and of other programs.
-VARIABLES = OPTIONS | {"WHEELS", "TORCH", "PLATFORM", "AUDIO", "HOTWORDS", "MODEL_DIR", "MODELSCOPE_CACHE", "CONFIG"}
+VARIABLES = OPTIONS | {"WHEELS", "TORCH", "PLATFORM", "AUDIO", "HOTWORDS", "TRANSCRIBED", "MODEL_DIR",
+                       "MODELSCOPE_CACHE", "CONFIG"}
 TARGETS = {target for line in re.findall(r"^([a-z0-9 -]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
            for target in line.split()}  # fmt: skip
 FLAGS = {f"--{option.lower()}" for option in OPTIONS} | set(re.findall(r'"(--[a-z][a-z0-9_]+)"', SOURCE))

@@ -250,6 +250,9 @@ def test_a_folder_is_transcribed_broken_files_are_named_and_a_second_run_keeps_w
     soundfile.write(tmp_path / "others/good.wav", join(spoken[1:])[0], 8000)
     other = helper("--audio", tmp_path / "others", *command[2:])
     assert other.returncode == 1 and f"good.wav.json is the transcript of {relative[1]}/good.wav" in other.stderr
+    assert "(TRANSCRIBED= of make)" in other.stderr
+    made = subprocess.check_output(["make", "-n", "transcribe", "AUDIO=x", "TRANSCRIBED=/else"], cwd=ROOT, text=True)
+    assert '--output_dir "/else"' in made
 
 
 @pytest.mark.parametrize(("segments", "said"), [
