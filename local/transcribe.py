@@ -65,9 +65,8 @@ def find_recordings(path: Path) -> dict[str, Path]:
             logging.info("%s: %d files of other suffixes left alone, such as %s", path, len(others), others[0])
     elif path.suffix == ".scp" and path.is_file():
         lines = [line.split(maxsplit=1) for line in read_lines(path) if line.strip()]
-        if wrong := [line for line in lines if len(line) < 2 or line[1].rstrip().endswith("|")]:
-            # A pipe is a shell command from a stranger: it is never run.
-            raise UserError(f"{path}: {' '.join(wrong[0])}: want a key and a path, not a command", code=2)
+        if wrong := [line for line in lines if len(line) < 2]:
+            raise UserError(f"{path}: {wrong[0][0]}: want a key and a path", code=2)
         recordings = {key: Path(source.strip()) for key, source in lines}
         if len(recordings) < len(lines):
             raise UserError(f"{path}: a key twice; keys name the transcripts", code=2)
@@ -168,6 +167,8 @@ def transcribe(
 
 def identify(path: Path) -> str:
     """Hash of a recording. AudioError for one that is not there or may not be read, or whose name is not UTF-8."""
+    if path.name.endswith("|"):  # a shell command from a stranger is never run
+        raise audio.AudioError("source_is_command", f"{path}: a command; write its output to a file first")
     try:
         str(path).encode()
         return file_hash(path)

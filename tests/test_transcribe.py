@@ -194,9 +194,14 @@ def test_recordings_are_found_in_folders_and_lists(tmp_path, caplog):
     assert {key: str(path) for key, path in transcribe.find_recordings(tmp_path / "wav.scp").items()} == {
         "call-1": f"{tmp_path}/a/1.wav", "call-2": "a b.wav"}
     assert list(transcribe.find_recordings(tmp_path)) == ["call-1", "call-2"]  # a Kaldi folder
-    (tmp_path / "wav.scp").write_text("call-1 sox x.wav -t wav - |\n", "utf-8")
-    with pytest.raises(UserError, match="not a command"):
+    (tmp_path / "wav.scp").write_text("call-1\n", "utf-8")
+    with pytest.raises(UserError, match="call-1: want a key and a path"):
         transcribe.find_recordings(tmp_path / "wav.scp")
+    (tmp_path / "wav.scp").write_text(f"call-1 sox a/b.wav -t wav - |\ncall-2 {tmp_path}/a/1.wav\n", "utf-8")
+    pipe, file = transcribe.find_recordings(tmp_path / "wav.scp").values()  # one that cannot be read stops no other
+    with pytest.raises(audio.AudioError, match="a command"):
+        transcribe.identify(pipe)
+    assert transcribe.identify(file)
     (tmp_path / "wav.scp").write_text("call-1 a.wav\ncall-1 b.wav\n", "utf-8")
     with pytest.raises(UserError, match="a key twice"):
         transcribe.find_recordings(tmp_path / "wav.scp")
