@@ -89,7 +89,8 @@ def check_row(given: dict[str, Any], base: Path) -> Entry:
             del row[name]
     for name in ("key", "source", "target"):
         if name not in row or (name != "target" and not row[name].strip()):
-            return Entry(given, None, "missing_field", f"no {name}")
+            there = ", ".join(field for field, value in given.items() if value)
+            return Entry(given, None, "missing_field", f"no {name}, only {there or 'empty fields':.100}")
     if row["source"].endswith("|"):
         # A pipe is a shell command from a stranger: it is never run.
         return Entry(given, None, "source_is_command", "the source is a command; write its output to a file first")
@@ -155,6 +156,8 @@ def _read_jsonl(path: Path) -> Iterator[Entry]:
 
 def _parse(line: bytes) -> dict[str, Any]:
     """An object that can be written again: no NaN, no half of a surrogate pair, not nested too deep."""
+    if line.startswith((b"\x1f\x8b", b"[")):
+        raise ValueError(f"{'a JSON array' if line[:1] == b'[' else 'gzip'}, not JSON lines: one object a line")
     given = json.loads(line.decode("utf-8"))
     if not isinstance(given, dict):
         raise ValueError(f"a {type(given).__name__}, not an object")
@@ -264,6 +267,7 @@ class Ledger:
         self.files = kept, rejected
         self.kept = 0
         self.reasons: Counter[str] = Counter()
+        self.first: dict[str, str] = {}  # detail of a reason
 
     def add(self, entry: Entry) -> None:
         """Write an entry's row, or why it has none: key, reason code, detail and what was given."""
@@ -272,6 +276,7 @@ class Ledger:
             key = given.get("key") if isinstance(given, dict) else None
             row = {"key": key, "reason": entry.reason, "detail": entry.detail, "row": given}
             self.reasons[entry.reason] += 1
+            self.first.setdefault(entry.reason, entry.detail)
         else:
             self.kept += 1
         self.files[entry.row is None].write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -298,6 +303,7 @@ def open_ledger(output: str | os.PathLike, max_reject_ratio: float) -> Iterator[
         logging.info("%s: %d rows in, %d out, %d rejected (%s)", output, total, ledger.kept, bad, reasons)
         if not ledger.kept or bad > max_reject_ratio * total:
             output.unlink(missing_ok=True)  # an older output beside new rejects would look finished
+            reasons += "".join(f"; first: {ledger.first[reason]}" for reason, _ in ledger.reasons.most_common(1))
             raise UserError(
                 f"{output}: only {ledger.kept} of {total} rows were kept (rejected: {reasons}; --max_reject_ratio is "
                 f"{max_reject_ratio}); see {rejects}, then mend the data or raise the limit"

@@ -1,6 +1,7 @@
 """Stage 0 loses no row, writes nothing outside its folder, and survives what people and systems do to it."""
 
 import filecmp
+import gzip
 import json
 import os
 import random
@@ -220,6 +221,19 @@ def test_too_many_rejects_fail_and_show_why(tmp_path, corpus):
     assert done.returncode == 1 and "audio_missing 4" in done.stderr and "Traceback" not in done.stderr
     assert not output.exists() and len(read_lines(tmp_path / "rejected_out.jsonl")) == 4
     assert command("filter", "--input", source, "--output", output, "--max_reject_ratio", "0.4").returncode == 0
+
+
+@pytest.mark.parametrize(("form", "said"), [
+    (b'{"key": "a", "wav": "a.wav", "txt": "x"}\n', "missing_field 1; first: no source, only key, wav, txt;"),
+    (b'[\n{"key": "a"}\n]\n', "first: line 1: a JSON array, not JSON lines"),
+    (gzip.compress(b"{}\n"), "first: line 1: gzip, not JSON lines"),
+    ('{"key": "逾期"}\n'.encode("gb18030"), "first: line 1: 'utf-8' codec can't decode"),
+])  # fmt: skip
+def test_a_corpus_of_another_form_is_told_by_its_first_line(tmp_path, form, said):
+    (tmp_path / "in.jsonl").write_bytes(form)
+    with pytest.raises(UserError, match=re.escape(said)):
+        main(["filter", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl"),
+              "--num_workers", "1"])
 
 
 @pytest.mark.parametrize(
