@@ -208,7 +208,7 @@ def gallery(simulated: dict[str, dict], wideband: dict[str, dict], missing: list
 
 
 def condition_groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """CER of base and final on calls, by condition, in the order of a condition's values; speakers worst first."""
+    """CER of base and final on calls, by condition, in the order of its values; speakers with most errors first."""
     def order(value: str) -> tuple:
         number = re.search(r"\d+(\.\d+)?", value)
         return not value.startswith("under"), float(number[0]) if number else 1e9, value
@@ -217,7 +217,9 @@ def condition_groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for test_set, (condition, title) in itertools.product(TELEPHONE, CONDITIONS.items()):
         group = [row for row in rows if row["model"] in ("base", "final") and row["cer"] is not None
                  and row["test_set"] == test_set and row["condition"] == condition]
-        worst_first = sorted((row for row in group if row["model"] == "final"), key=lambda row: -row["cer"])
+        # Not by CER, or speakers of one short utterance would come first.
+        worst_first = sorted((row for row in group if row["model"] == "final"),
+                             key=lambda row: -row["cer"] * row["characters"])
         values = [row["value"] for row in worst_first]
         values = values[:5] if condition == "speaker" else sorted(values, key=order)
         if len(values) > 1:

@@ -12,7 +12,7 @@ import torch
 
 from common import write_json, write_jsonl
 from miniature import build_folder
-from report import judge, stages
+from report import condition_groups, judge, stages
 
 ROOT = __file__.rsplit("/tests/", 1)[0]
 TEXTS = ["您好我要退款", "订单号三五七九", "您的账户已经逾期", "好的我同意办理", "请问是本人吗", "还款日是十五号"]
@@ -164,6 +164,13 @@ def test_the_verdict_follows_the_scores():
         assert judge([*GOOD, worse[0], worse[1] | harmless], 0.01)["deploy"] is True
     poor = [row | {"chars_per_minute": 100.0} if row["test_set"] == "no_speech" else row for row in GOOD]
     assert judge(poor, 0.01)["deploy"] and "speech only" in judge(poor, 0.01)["notes"][0]
+
+
+def test_the_speakers_with_most_errors_come_first():
+    rows = [{"model": "final", "test_set": "real_test", "condition": "speaker", "value": name, "cer": cer,
+             "characters": count} for name, cer, count in (("one word", 1.0, 2), ("ten calls", 0.2, 1000))]  # fmt: skip
+    (group,) = condition_groups(rows)
+    assert [row["value"] for row in group["rows"]] == ["ten calls", "one word"]
 
 
 def test_losses_are_read_from_the_trainers_own_log_lines(tmp_path):
