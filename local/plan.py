@@ -30,6 +30,8 @@ SIMULATED, REAL, WIDEBAND, SILENCE = "simulated_8k_telephone", "real_8k_telephon
 OPTION = {SIMULATED: "RAW_16K", REAL: "REAL_8K", WIDEBAND: "RAW_16K"}
 STAGES = ("stage1_encoder_adapt", "stage2_adapter_align", "stage3_lora_domain")
 Lengths = list[tuple[int, int]]  # 10 ms frames and tokens of each row
+NOBODY = (517, 2)  # a row on which nobody speaks, on average: (15 - 1) / ln 15 seconds, and two tokens
+NOBODY_IN_TEST = 60  # rows, by run_experiment.sh
 
 
 def sampled(path: str, fs: int, in_place: bool) -> tuple[Lengths, float]:
@@ -81,7 +83,7 @@ def epoch(stage: int, sets: dict[tuple[str, str], Lengths], options: dict[str, s
     main, other, share = (REAL, SIMULATED, "SIMULATED_SHARE") if stage == 3 else (SIMULATED, REAL, "REAL_SHARE")
     shares = {main: "1", other: options[share], WIDEBAND: options["WIDEBAND_REPLAY"],
               SILENCE: options["NO_SPEECH_SHARE"]}  # fmt: skip
-    sets = sets | {(SILENCE, "train"): [(517, 2)]}  # (15 - 1) / ln 15 seconds, and two tokens
+    sets = sets | {(SILENCE, "train"): [NOBODY]}
     count = len(sets[main, "train"])
     rows = {corpus: cycle(sets[corpus, "train"]) for corpus in shares}
     return {corpus: list(islice(rows[corpus], round(float(share) * count))) for corpus, share in shares.items()}
@@ -168,6 +170,7 @@ def sections(options: dict[str, str], given: list[str]) -> Iterator[str]:
     yield from (f"| {title} | {' | '.join(column[title] for column in columns)} |" for title in columns[0])
     if there:
         decoded = {"dev": 1 + len(options["ALPHAS"].split()), "test": 5}  # models: base and mixtures; base to final
+        sets |= {(SILENCE, "test"): [NOBODY] * NOBODY_IN_TEST}
         total = sum(hours(lengths) * decoded.get(split, 0) for (_, split), lengths in sets.items())
         yield "\nBatches are those of one process; a GPU that is too small for them gets smaller ones. What several"
         yield "GPUs gain is not measured."

@@ -149,6 +149,9 @@ def test_a_plan_has_the_real_models_parameters_and_the_speed_that_was_measured(c
     epochs = yaml.safe_load((ROOT / f"conf/{STAGES[0]}.yaml").read_text())["train_conf"]["max_epoch"]
     hours = epochs * sum(range(10, 30)) / 10 / 3600 / 0.5
     assert told["time of all epochs"][0] == f"{hours:.2g} h on one GPU"
+    decoded = 5 * (3 * sum(range(10, 16)) / 10 + 60 * 5.17) / 3600  # the last: nobody speaks
+    assert f"Stage 4 decodes {decoded:.2f} hours" in told[""][0] and "no_speech test 60" in plan.ROOT.joinpath(
+        "run_experiment.sh").read_text("utf-8")
     assert told["time of all epochs"][2] == "not measured: `make bench`"
     heard = sum(sum(range(10, 10 + count)) / 10 for count in (20, 6, 8, 6)) / 3600
     assert f"It takes {heard / 0.01:.2g} core-hours on this machine" in told[""][0]
