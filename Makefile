@@ -57,7 +57,7 @@ all: setup  ## every stage, -1 to 5
 status:  ## what is done, running, left; also in $EXP_OUTPUT/README_EXPERIMENT_STATUS.md
 	@$(VENV) local/stage_status.py show --output_root "$(EXP_OUTPUT)"
 
-transcribe: setup  ## AUDIO=call.wav, a folder or a wav.scp -> dialogue in TRANSCRIBED=; MODEL_DIR=, HOTWORDS= as you like
+transcribe: setup  ## AUDIO=call.wav, a folder, a wav.scp -> dialogue in TRANSCRIBED=; MODEL_DIR=, HOTWORDS= as you like
 	@$(VENV) local/transcribe.py --audio "$(or $(AUDIO),$(error which recording? make transcribe AUDIO=call.wav))" \
 	  --model_dir "$(MODEL_DIR)" --hotwords "$(HOTWORDS)" --output_dir "$(or $(TRANSCRIBED),$(EXP_OUTPUT)/transcribed)"
 
