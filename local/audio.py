@@ -152,16 +152,26 @@ def _decode_soundfile(path: str, start: float, end: float | None) -> tuple[np.nd
         first, last = _bounds(frames, rate, start, end, path)
         # No other decoder is asked now: it would return what is left of a damaged file as if it were whole.
         try:
-            # GSM in WAV cannot seek.
-            skipped = file.seek(first) if first and file.seekable() else 0
-            kind = "int16" if file.subtype == "PCM_16" else "float32"
-            samples = file.read(last - skipped, dtype=kind, always_2d=True)[first - skipped :]
+            if file.seekable():
+                if first:
+                    file.seek(first)
+                kind = "int16" if file.subtype == "PCM_16" else "float32"
+                samples = file.read(last - first, dtype=kind, always_2d=True)
+            else:
+                samples = _decode_unseekable(path, os.stat(path).st_mtime_ns)[first:last]
         except soundfile.LibsndfileError as error:
             raise AudioError("audio_unreadable", f"{path}: damaged or cut off: {error}") from error
         missing = _missing_bytes(path)
         if len(samples) < last - first or (missing and last == frames):
             raise AudioError("audio_unreadable", f"{path}: cut off ({len(samples)} samples, {missing} bytes missing)")
         return samples, rate
+
+
+@functools.lru_cache(maxsize=1)  # as _decode_whole; PyAV would refuse GSM that SoX padded to whole words
+def _decode_unseekable(path: str, _modified: int) -> np.ndarray:
+    """All samples of a file in which libsndfile cannot seek, such as GSM in WAV."""
+    with soundfile.SoundFile(path) as file:
+        return file.read(file.frames, dtype="float32", always_2d=True)
 
 
 def _is_length_unknown(header: soundfile.SoundFile | soundfile._SoundFileInfo, path: str) -> bool:

@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+from unittest import mock
 
 import av
 import numpy as np
@@ -105,11 +106,25 @@ def test_channels_and_segments(tmp_path):
             assert caught.value.reason == reason
 
 
-def test_segments_of_a_compressed_call_are_those_of_the_whole(tmp_path):
-    encode(tmp_path / "call.amr", tone(3.0, 8000), 8000, "libopencore_amrnb")
-    whole, _ = audio.read(tmp_path / "call.amr")
-    part, _ = audio.read(tmp_path / "call.amr", start=1.0, end=2.0)
-    assert np.array_equal(part, whole[8000:16000])
+@pytest.mark.parametrize(("name", "codec"), [("call.amr", "libopencore_amrnb"), ("gsm.wav", None)])
+def test_segments_of_a_compressed_call_are_those_of_the_whole_decoded_once(tmp_path, name, codec):
+    path, samples = tmp_path / name, RNG.normal(0, 0.1, 3 * 8000)
+    encode(path, samples, 8000, codec) if codec else soundfile.write(path, samples, 8000, subtype="GSM610")
+    whole, _ = audio.read(path)
+    path.touch()  # it is another file now
+    module, function = (audio, "_decode_pyav") if codec else (soundfile.SoundFile, "read")
+    with mock.patch.object(module, function, autospec=True, side_effect=getattr(module, function)) as decode:
+        for start in (0.0, 0.5, 1.0, 1.5):
+            part, _ = audio.read(path, start=start, end=start + 1.0)
+            assert np.array_equal(part, whole[int(start * 8000) :][:8000])
+    assert decode.call_count == 1
+
+
+@pytest.mark.skipif(not shutil.which("sox"), reason="sox is not installed")
+def test_gsm_that_sox_padded_has_segments(tmp_path):
+    soundfile.write(tmp_path / "a.wav", RNG.normal(0, 0.1, 48001), 8000)
+    subprocess.run(["sox", "a.wav", "-e", "gsm-full-rate", "gsm.wav"], check=True, cwd=tmp_path)
+    assert np.array_equal(audio.read(tmp_path / "gsm.wav", start=1.0)[0], audio.read(tmp_path / "gsm.wav")[0][8000:])
 
 
 def test_a_streamed_flac_says_nothing_of_its_length_and_is_read_whole(tmp_path):
