@@ -14,6 +14,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import audio
+from telephone.resample import resample
+from test_telephone import speech
 
 RNG = np.random.default_rng(0)
 
@@ -268,6 +270,16 @@ def test_telephone_audio_is_told_by_its_spectrum_not_its_rate():
     assert audio.is_narrow_band(telephone, 16000) and audio.is_narrow_band(noise, 8000)
     assert not audio.is_narrow_band(noise, 16000)
     assert not audio.is_narrow_band(telephone + 0.02 * noise, 16000), "images of a poor resampler are energy too"
+
+
+def test_a_second_cut_out_anywhere_is_of_the_band_of_the_whole():
+    wideband = speech(60) + RNG.normal(0, 0.003, 60 * 16000).astype(np.float32)  # it has no breath of its own
+    telephone = resample(resample(wideband, 16000, 8000), 8000, 16000)
+    for start in RNG.integers(0, 59 * 16000, 200):
+        cut = slice(start, start + 16000)
+        assert audio.is_narrow_band(telephone[cut], 16000)
+        for offset in (0.0, 0.1):
+            assert not audio.is_narrow_band(wideband[cut] + offset, 16000)
 
 
 def test_a_folder_that_cannot_be_written_to_is_what_the_error_says():
