@@ -318,6 +318,16 @@ def test_idle_noise_of_an_alaw_line():
         assert noise.rms_level(heard) + noise.DBM0 == pytest.approx(-66, abs=3)
 
 
+@pytest.mark.parametrize("shape", filters.SHAPES)
+@pytest.mark.parametrize("offset", [0.01, 0.1])
+def test_a_recording_with_an_offset_leaves_no_digital_silence_in_pauses(shape, offset):
+    talk = np.concatenate([0.3 * speech(2), np.zeros(16000, np.float32)]) + np.float32(offset)
+    for i in range(20):
+        plan = draw(load_config(CONF, "a-law", "no_noise"), 1, f"k{i}") | {"send": {"shape": shape}}
+        pause = call(plan, talk, 16000, 8000)[-7400:-400]
+        assert np.all(pause.reshape(-1, 200).std(axis=1) > 0), plan
+
+
 @pytest.mark.parametrize("codec", ["g711_alaw", "gsm_fr", "g722"])
 def test_a_long_gap_on_a_line_without_noise_is_no_digital_silence(codec):
     plan = draw(CLEAN, 0, "x") | {"hop1": {"codec": codec}, "packet_loss": {"percent": 50.0, "burst": 10.0}}
@@ -411,6 +421,7 @@ def test_send_responses_follow_the_published_shapes(shape, fs, fs_out):
     for hz, wanted in zip(HERTZ, RESPONSES[shape], strict=True):
         assert decibels[hz] - decibels[1000] == pytest.approx(wanted, abs=2)
     assert decibels[50] < -15 and np.argmax(np.abs(response)) == fs_out // 2
+    assert decibels[0] < -60
 
 
 @pytest.mark.parametrize("hz", [4050, 4500, 6000, 7900])

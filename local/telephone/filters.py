@@ -74,8 +74,10 @@ def linear_phase(fs: int, gains: np.ndarray, down: int = 1) -> tuple[np.ndarray,
     With `down` the spectrum ends at the half of a rate so many times lower, which `fir` then returns.
     """
     half = 127 * fs // 8000  # 31 Hz between the points a filter can follow
-    response = irfft(gains.astype(np.float32))
-    centred = np.concatenate([response[-half:], response[: half + 1]]) * _window(2 * half + 1)
+    response, window = irfft(gains.astype(np.float32)), _window(2 * half + 1)
+    centred = np.concatenate([response[-half:], response[: half + 1]]) * window
+    # A telephone path passes no direct current: in pauses it would leave A-law inside one step, digitally silent.
+    centred -= window * (centred.sum() / window.sum())
     return _lowest(fft(centred, BLOCK), BLOCK // down) / np.float32(down), centred.size
 
 
