@@ -228,7 +228,8 @@ def make_job(args: argparse.Namespace) -> Job:
         write_json(job["online"], {name: job[name] for name in ("config", "seed", "output_fs", "pool", "noises")})
     code = [file_hash(path) for path in [__file__, *sorted(Path(__file__).parent.glob("telephone/*.py"))]]
     libraries = [metadata.version(name) for name in ("av", "numpy", "scipy", "soundfile", "soxr")]
-    job["identity"] = hashlib.sha256(json.dumps([job, code, libraries]).encode()).hexdigest()
+    mixed_in = [file_stamp(recording.source) for recording in [*pool, *noises]]
+    job["identity"] = hashlib.sha256(json.dumps([job, code, libraries, mixed_in]).encode()).hexdigest()
     return job
 
 

@@ -240,6 +240,23 @@ def test_own_noise_flags_and_presets_reach_the_channel(corpus):
         assert plan["g711"] == "none" and not {"noise", "hop1", "hop2", "recorder"} & set(plan)
 
 
+def test_another_recording_under_the_name_of_a_noise_or_a_voice_makes_the_calls_anew(corpus):
+    rng = np.random.default_rng(0)
+    audio.write(corpus / "voice.wav", speech(2), 16000)
+    audio.write(corpus / "hall.wav", 0.1 * rng.standard_normal(8000), 8000)
+    (corpus / "hall.scp").write_text("hall hall.wav\n")
+    (corpus / "voice.jsonl").write_text(json.dumps({"key": "v", "source": "voice.wav", "target": "x"}) + "\n")
+    command = ["--input", corpus / "voice.jsonl", "--output", corpus / "mixed/sim.jsonl", "--bg_noise_scp"]
+    command += [corpus / "hall.scp", "--output_audio_dir", corpus, "--config", ROOT / "conf/telephone_channel.yaml"]
+    args = data_simulation.get_args([str(word) for word in command])
+    seen = {data_simulation.make_job(args)["identity"], data_simulation.make_job(args)["identity"]}
+    assert len(seen) == 1
+    for name in ("hall.wav", "voice.wav"):
+        audio.write(corpus / name, 0.2 * rng.standard_normal(9000), 8000)
+        seen.add(data_simulation.make_job(args)["identity"])
+    assert len(seen) == 3
+
+
 def test_calls_without_speech(tmp_path):
     done = simulate(tmp_path, "--no_speech_probe", 12, manifest=None)
     assert done.returncode == 0, done.stderr
