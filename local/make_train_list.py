@@ -12,8 +12,13 @@ The dev list holds telephone speech only: it ranks checkpoints by what is to be 
 from __future__ import annotations
 
 import argparse
+import functools
+import heapq
+import itertools
+import json
 import logging
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +26,65 @@ from common import UserError, read_jsonl, run, write_jsonl
 from corpus import hash_share
 
 SHORTEST = 10  # frames: FunASR's min_source_length
+Row = tuple[str, str]  # its key, and all of it as JSON: a tenth of what it takes as a dict
 
 
-def order(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    """Rows in an order that depends on (seed, key) alone."""
-    return sorted(rows, key=lambda row: hash_share(f"{seed}/{row['key']}"))
+def read(path: Path) -> Iterator[Row]:
+    return map(pack, read_jsonl(path))
 
 
-def take(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` rows in a drawn order: each once, then each again, and so on."""
-    rows = order(rows, seed)
-    return [rows[number % len(rows)] for number in range(count)]
+def pack(row: dict[str, Any]) -> Row:
+    return row["key"], json.dumps(row)
 
 
-def number_repeats(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def write(path: Path, rows: Iterable[Row]) -> int:
+    """Write rows under their keys, which may not be those they were read with; return how many."""
+    return write_jsonl(path, (json.loads(line) | {"key": key} for key, line in rows))
+
+
+def place(row: Row, seed: int) -> float:
+    """Where a row stands in an order that depends on (seed, key) alone."""
+    return hash_share(f"{seed}/{row[0]}")
+
+
+def take(rows: Iterable[Row], count: int, seed: int) -> tuple[list[Row], int]:
+    """`count` rows in a drawn order: each once, then each again, and so on; and of how many rows they were drawn."""
+    total = itertools.count()
+    counted = (row for row, _ in zip(rows, total, strict=False))
+    drawn = heapq.nsmallest(max(count, 1), counted, key=functools.partial(place, seed=seed))
+    return list(itertools.islice(itertools.cycle(drawn), count)), next(total)
+
+
+def number_repeats(rows: list[Row]) -> list[Row]:
     """Give the second row of one key the key key#2, and so on; an utterance and its wideband original share a key.
 
     A key#2 that is some row's own is passed over.
     """
     seen: Counter[str] = Counter()
-    own, numbered = {row["key"] for row in rows}, []
-    for row in rows:
-        key = name = row["key"]
+    own, numbered = {key for key, _ in rows}, []
+    for key, line in rows:
+        name = key
         seen[key] += 1
         while seen[key] > 1 and (name := f"{key}#{seen[key]}") in own:
             seen[key] += 1
-        numbered.append(row | {"key": name})
+        numbered.append((name, line))
     return numbered
 
 
-def mix(main: list[dict], shares: list[tuple[str, list[dict], float]], seed: int) -> list[dict]:
-    """All rows of `main`, and share x len(main) of each (name, rows, share). UserError for an empty source."""
-    if not main:
-        raise UserError("no training rows; see rejected_train.jsonl beside the formatted list of stage 0")
+def mix(main: Iterable[Row], shares: list[tuple[str, Iterable[Row], float]], seed: int) -> list[Row]:
+    """All rows of `main`, and share x as many of each (name, rows, share). UserError for an empty source."""
     rows = list(main)
+    if not rows:
+        raise UserError("no training rows; see rejected_train.jsonl beside the formatted list of stage 0")
+    size = len(rows)
     for name, source, share in shares:
-        count = round(share * len(main))
-        if count and not source:
+        count = round(share * size)
+        taken, total = take(source, count, seed)
+        if count and not total:
             raise UserError(f"{name} is {share} but there are no such rows; set --{name} 0 or run stage 0 with them", 2)
-        rows += take(source, count, seed)
-        logging.info("%s %s: %d of %d rows%s", name, share, count, len(source), " (repeated)" * (count > len(source)))
-    return order(number_repeats(rows), seed)
+        rows += taken
+        logging.info("%s %s: %d of %d rows%s", name, share, count, total, " (repeated)" * (count > total))
+    return sorted(number_repeats(rows), key=functools.partial(place, seed=seed))
 
 
 def get_args() -> argparse.Namespace:
@@ -85,27 +108,28 @@ def main() -> None:
         if getattr(args, name) < 0:
             raise UserError(f"--{name} {getattr(args, name)}: a share is 0 or more", code=2)
 
-    def read(corpus: str, split: str = "train") -> list[dict[str, Any]]:
-        return list(read_jsonl(args.data_dir / corpus / f"{split}_formatted.jsonl"))
+    def path(corpus: str, split: str = "train") -> Path:
+        return args.data_dir / corpus / f"{split}_formatted.jsonl"
 
-    shares = [("wideband_replay", read("wideband_16k"), args.wideband_replay),
-              ("no_speech_share", read("no_speech"), args.no_speech_share)]  # fmt: skip
-    simulated, real = read("simulated_8k_telephone"), read("real_8k_telephone")
-    dev = read("real_8k_telephone", "dev")
+    shares = [("wideband_replay", read(path("wideband_16k")), args.wideband_replay),
+              ("no_speech_share", read(path("no_speech")), args.no_speech_share)]  # fmt: skip
+    simulated, real = read(path("simulated_8k_telephone")), read(path("real_8k_telephone"))
+    dev = [path("real_8k_telephone", "dev")]
     if args.stage == 3:
         rows = mix(real, [("simulated_share", simulated, args.simulated_share), *shares], args.seed)
     else:
         rows = mix(simulated, [("real_share", real, args.real_share), *shares], args.seed)
-        dev = read("simulated_8k_telephone", "dev") + dev
+        dev.insert(0, path("simulated_8k_telephone", "dev"))
     # Stage 0 never cuts dev, and FunASR would leave such rows out without a word; they are scored all the same.
-    fit = [row for row in dev if SHORTEST <= row["speech_length"] <= args.max_speech_length]
-    if len(fit) < len(dev):
+    lengths = [(row["speech_length"], pack(row)) for row in itertools.chain(*map(read_jsonl, dev))]
+    fit = [row for length, row in lengths if SHORTEST <= length <= args.max_speech_length]
+    if len(fit) < len(lengths):
         logging.warning("dev: %d of %d rows are not of %d to %d frames: no checkpoint is chosen by them",
-                        len(dev) - len(fit), len(dev), SHORTEST, args.max_speech_length)  # fmt: skip
+                        len(lengths) - len(fit), len(lengths), SHORTEST, args.max_speech_length)  # fmt: skip
     if not fit:
         raise UserError("the dev list is empty: no checkpoint could be chosen; see rejected_dev.jsonl of stage 0")
-    logging.info("stage %d: %d rows to train on, %d for dev", args.stage, write_jsonl(args.output, rows), len(fit))
-    write_jsonl(args.valid_output, number_repeats(fit))
+    logging.info("stage %d: %d rows to train on, %d for dev", args.stage, write(args.output, rows), len(fit))
+    write(args.valid_output, number_repeats(fit))
 
 
 if __name__ == "__main__":

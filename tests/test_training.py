@@ -1,16 +1,20 @@
 """What training promises: upstream's loss where it has one, nothing frozen moves, no row is lost without a word."""
 
 import copy
+import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
+import make_train_list
 from common import UserError, atomic_write, read_jsonl, write_jsonl
+from corpus import hash_share
 from make_train_list import mix, number_repeats, take
 from mini import ROOT, make_model, make_rows
 from nano.weights import average, trainable_names
@@ -139,25 +143,45 @@ def test_a_tied_output_layer_is_averaged_with_its_embedding(model_dir):
     assert not any(name.startswith("audio_encoder.") for name in names)
 
 
+def keyed(*keys):
+    return [(key, json.dumps({"key": key})) for key in keys]
+
+
 def test_shares_are_counts_and_repeats_get_keys_of_their_own():
-    simulated = [{"key": f"s{n}"} for n in range(10)]
-    real = [{"key": f"r{n}"} for n in range(3)]
+    simulated, real = keyed(*(f"s{n}" for n in range(10))), keyed("r0", "r1", "r2")
     mixed = mix(simulated, [("real_share", real, 0.5)], seed=0)
-    keys = [row["key"] for row in mixed]
+    keys = [key for key, _ in mixed]
     assert len(keys) == len(set(keys)) == 15
     assert sum(key.startswith("r") for key in keys) == 5
     assert sum(key.endswith("#2") for key in keys) == 2
-    assert mix(list(reversed(simulated)), [("real_share", real, 0.5)], seed=0) == mixed
-    assert [row["key"] for row in take(real, 3, seed=1)] != [row["key"] for row in take(real, 3, seed=2)]
+    assert mix(reversed(simulated), [("real_share", real, 0.5)], seed=0) == mixed
+    assert take(real, 3, seed=1) != take(real, 3, seed=2)
+    for count in (0, 1, 2, 3, 8):
+        drawn = sorted(real, key=lambda row: hash_share(f"1/{row[0]}"))
+        assert take(iter(real), count, seed=1) == ((3 * drawn)[:count], 3)
     replayed = mix(simulated, [("wideband_replay", simulated, 0.5)], seed=0)  # the originals have the same keys
-    assert len({row["key"] for row in replayed}) == 15
-    taken = [{"key": key} for key in ("k", "k", "k#2", "k", "k#2", "k#4")]
-    assert [row["key"] for row in number_repeats(taken)] == ["k", "k#3", "k#2", "k#5", "k#2#2", "k#4"]
+    assert len({key for key, _ in replayed}) == 15
+    taken = keyed("k", "k", "k#2", "k", "k#2", "k#4")
+    assert [key for key, _ in number_repeats(taken)] == ["k", "k#3", "k#2", "k#5", "k#2#2", "k#4"]
+
+
+def test_a_list_takes_little_more_memory_than_its_file(tmp_path, monkeypatch):
+    row = make_rows(tmp_path, 1)[0] | {"channel": {"noise": {"kind": "pink", "snr_db": 12.5}, "hop1": {"codec": "gsm"}}}
+    for name in CORPORA:
+        for split, count in (("train", 2000), ("dev", 2)):
+            many = (row | {"key": f"{name}{n}"} for n in range(count))
+            write_jsonl(tmp_path / name / f"{split}_formatted.jsonl", many)
+    command = ["make_train_list.py", "--stage", 1, "--data_dir", tmp_path, "--output", tmp_path / "t.jsonl"]
+    monkeypatch.setattr(sys, "argv", [*map(str, command), "--valid_output", str(tmp_path / "v.jsonl")])
+    tracemalloc.start()
+    make_train_list.main()
+    assert tracemalloc.get_traced_memory()[1] < 3 * (tmp_path / "t.jsonl").stat().st_size
+    tracemalloc.stop()
 
 
 def test_a_share_of_nothing_is_refused():
     with pytest.raises(UserError, match="real_share"):
-        mix([{"key": "s"}], [("real_share", [], 1.0)], seed=0)
+        mix(keyed("s"), [("real_share", [], 1.0)], seed=0)
 
 
 def test_a_mistyped_key_is_refused_with_the_nearest(model_dir, rows, tmp_path):
