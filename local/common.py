@@ -182,7 +182,7 @@ def parallel(
         # many results wait to be taken: what it is given at a time bounds them.
         job = joblib.Parallel(workers, return_as="generator", batch_size=batch_size, pre_dispatch="all")
         try:
-            for part in batches(items, 256 * workers):
+            for part in batches(items, 16 * batch_size * workers):
                 yield from job(joblib.delayed(function)(item) for item in part)
         except TerminatedWorkerError as error:
             raise UserError(

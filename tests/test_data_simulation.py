@@ -1,6 +1,7 @@
 """Stage 0's simulator on the command line: same bytes whatever the workers, resume, bad input, one line of error."""
 
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 import soundfile
 
 import audio
+import common
 import data_simulation
 from common import UserError
 from telephone import channel, filters, noise
@@ -278,6 +280,14 @@ def test_a_corpus_of_one_utterance_does_not_babble_with_its_own_voice(corpus):
     command += ["--output_audio_dir", corpus / "alone", "--config", ROOT / "conf/telephone_channel.yaml"]
     job = data_simulation.make_job(data_simulation.get_args([str(word) for word in command]))
     assert len(job["pool"]) == 1 and set(job["config"]["noise.kind"]) == {"pink", "white"}
+
+
+def test_workers_are_given_few_large_items_at_a_time():
+    numbers = itertools.count()
+    results = common.parallel(str, numbers, num_workers=2, batch_size=1)
+    assert [next(results) for _ in range(40)] == [str(i) for i in range(40)]
+    assert next(numbers) < 100
+    results.close()
 
 
 @pytest.mark.full
