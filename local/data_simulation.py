@@ -96,9 +96,9 @@ def simulate_row(row: dict[str, Any], job: Job) -> dict[str, Any]:
     """Simulate one utterance and write its audio; return the output row. Raises audio.AudioError."""
     plan = draw(job["config"], job["seed"], row["key"], job["epoch"])
     path = f"{job['audio_dir']}/{int(256 * hash_share(row['key'])):02x}/{audio.file_name(row['key'], job['suffix'])}"
-    out = {name: value for name, value in row.items() if name not in ("channel", "start", "end", "probe")}
-    if "probe" in row:
-        samples, fs = noise.render_probe(row["probe"], plan), 8000
+    out = {name: value for name, value in row.items() if name not in ("channel", "start", "end")}
+    if "source" not in row:  # as --no_speech_probe makes them; a row of the input may have a "probe" of its own
+        samples, fs = noise.render_probe(out.pop("probe"), plan), 8000
     else:
         if isinstance(row.get("channel"), dict):
             raise audio.AudioError("already_simulated", "the row's channel is that of a simulated call")
@@ -111,7 +111,7 @@ def simulate_row(row: dict[str, Any], job: Job) -> dict[str, Any]:
         source = leave_wideband(row["source"], cut, samples, fs, path, job["output_fs"])
         return out | {"source": source, "channel": {"online": job["online"]}}
     call = apply(plan, samples, fs, job["output_fs"], row["key"], job["pool"], job["noises"])
-    if "probe" not in row and plan["measured"]["sent_dbov"] is None:
+    if "source" in row and plan["measured"]["sent_dbov"] is None:
         raise audio.AudioError("silent", SILENT)
     audio.write(path, call, job["output_fs"])
     return out | {"source": path, "channel": plan}

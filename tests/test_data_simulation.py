@@ -60,6 +60,7 @@ def corpus(tmp_path_factory):
         for i in range(12):
             audio.write(folder / "wav" / f"{i}.wav", 0.5 * speech(1.5 + i / 10, seed=i), 16000)
             row = {"key": f"发言 {i}", "source": f"wav/{i}.wav", "target": "你好", "speaker": f"s{i}", "note": i}
+            row["probe"] = "idle"  # the user's own field
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     assert simulate(folder).returncode == 0
     return folder
@@ -69,7 +70,8 @@ def test_rows_keep_order_and_fields_and_name_the_audio(corpus):
     given, simulated = rows(corpus / "in.jsonl"), rows(corpus / "out" / "sim.jsonl")
     assert [row["key"] for row in simulated] == [row["key"] for row in given]
     for before, after in zip(given, simulated, strict=True):
-        assert all(after[name] == before[name] for name in ("target", "speaker", "note"))
+        assert all(after[name] == before[name] for name in ("target", "speaker", "note", "probe"))
+        assert "probe" not in after["channel"]
         assert after["wideband_source"] == str(corpus / before["source"])
         wide, call = soundfile.info(after["wideband_source"]), soundfile.info(after["source"])
         assert (call.format, call.samplerate, call.channels) == ("FLAC", 16000, 1)
