@@ -213,7 +213,12 @@ def test_a_wrong_command_is_told_in_one_line(corpus):
     assert_one_line(simulate(corpus, manifest="none.jsonl", output="e"), 1, "none.jsonl")
     assert_one_line(simulate(corpus, "--preset", "brilliant", output="e"), 2, "brilliant", "clean-pcma")
     assert_one_line(simulate(corpus, "--bg_noise_scp", "nowhere.scp", output="e"), 2, "nowhere.scp")
-    for scp in ("empty.scp", "nowhere.scp", "text.scp", "no.scp"):
+    nothing = np.zeros(16000)
+    for name, samples in (("cut.flac", speech(5)), ("silent.wav", nothing), ("offset.wav", nothing + 0.1)):
+        soundfile.write(corpus / name, samples, 16000)
+        (corpus / f"{name}.scp").write_text(f"good wav/1.wav\nn1 {name}\n")
+    (corpus / "cut.flac").write_bytes((corpus / "cut.flac").read_bytes()[:20000])
+    for scp in ("empty.scp", "nowhere.scp", "text.scp", "no.scp", "cut.flac.scp", "silent.wav.scp", "offset.wav.scp"):
         with pytest.raises(UserError, match=scp) as error:
             noise.read_scp(corpus / scp)
         assert error.value.code == 2

@@ -22,7 +22,7 @@ from scipy.signal import lfilter
 
 import audio
 from audio import rms_level
-from common import UserError
+from common import UserError, progress
 from telephone.filters import db_to_gain, fir, grid, linear_phase
 from telephone.resample import resample
 
@@ -145,20 +145,23 @@ def excerpt(
 
 
 def read_scp(path: str | os.PathLike) -> list[Recording]:
-    """The recordings of a Kaldi wav.scp; UserError, code 2, for a list that cannot be used."""
+    """The recordings of a Kaldi wav.scp, each of them read once; UserError, code 2, for a list that cannot be used."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"the noise list {path} does not exist", code=2)
     recordings = []
-    for line in filter(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines()):
+    lines = [*filter(str.strip, path.read_text(encoding="utf-8", errors="replace").splitlines())]
+    for line in progress(lines, len(lines), "reading noise recordings"):
         key, *source = line.split(maxsplit=1)
         place = "".join(source).strip()
         # Kaldi's relative paths start where the recipe is run; a list beside its files is common too.
         place = os.path.abspath(place if os.path.isfile(place) else path.parent / place)
         try:
-            audio.length(place)
+            samples, _ = audio.read(place)
         except audio.AudioError as error:
             raise UserError(f"{path}: {key}: {error}; a line is `name path`", code=2) from error
+        if samples.std() < 1 / 32768:  # nothing, or nothing but an offset, whatever it is amplified by
+            raise UserError(f"{path}: {key}: {place} is silent; take it out of the list", code=2)
         recordings.append(Recording(key, place))
     if not recordings:
         raise UserError(f"the noise list {path} is empty; a line is `name path`", code=2)
