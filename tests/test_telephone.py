@@ -461,6 +461,7 @@ def test_limiters_and_gain_control():
         after = filters.agc(talk * np.float32(gain), 8000, -20)
         before = noise.active_level(talk * np.float32(gain), 8000)
         assert abs(noise.active_level(after[24000:], 8000) + 20) < abs(before + 20)
+    assert noise.active_level(after[24000:], 8000) == pytest.approx(-20 - 4, abs=1.5)  # as the config says
 
 
 # The whole channel

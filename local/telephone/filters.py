@@ -143,7 +143,10 @@ def limit(samples: np.ndarray, kind: str) -> np.ndarray:
 
 
 def agc(samples: np.ndarray, fs: int, target_dbov: float) -> np.ndarray:
-    """Automatic gain control towards `target_dbov`: quick to turn down, slow to turn up, still in pauses."""
+    """Automatic gain control: quick to turn down, slow to turn up, still in pauses.
+
+    Because of that `target_dbov` is what the loudest blocks of 10 ms come to; the active level ends 4 dB lower.
+    """
     block = fs // 100
     blocks = -(-samples.size // block)
     padded = np.pad(samples, (0, blocks * block - samples.size)).reshape(blocks, block)
