@@ -102,7 +102,8 @@ def format_entry(entry: Entry, folder: Path, since: float, args: argparse.Namesp
         samples, rate, plain = audio.length(path, **cut)
         if rate < fs and not args.do_upsample:
             raise audio.AudioError("sampling_rate", f"{rate} Hz, {fs} wanted; --do_upsample raises it: {path}")
-        if not plain or rate != fs or "<|" in path:  # "<|" would end the prompt's audio token
+        # "<|" would end the prompt's audio token, and FunASR finds no token that goes on in another line.
+        if not plain or rate != fs or "<|" in path or "\n" in path:
             path = os.path.abspath(folder / audio.file_name(row["key"], f".{args.audio_format}"))
             if not os.path.exists(path) or os.stat(path).st_mtime < max(since, os.stat(row["source"]).st_mtime):
                 x, rate = audio.read(row["source"], **cut)

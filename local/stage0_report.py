@@ -23,7 +23,7 @@ from corpus import Seen, count_rows, hash_share, read_rows
 SAMPLE = 200  # files that are decoded again; all of them with --check_audio
 SHOWN = 10
 PICTURE = "stage0_histograms.png"
-USER = re.compile(r"[^<]*<\|startofspeech\|>!(/.+)<\|endofspeech\|>", re.DOTALL)
+USER = re.compile(r"[^<]*<\|startofspeech\|>!(/.+)<\|endofspeech\|>")
 
 
 def validate(args: argparse.Namespace) -> None:

@@ -552,9 +552,10 @@ def test_the_same_key_in_train_and_dev_has_two_files(tmp_path, corpus):
     assert path_of(train[0]) != path_of(dev[0])
 
 
-def test_a_path_that_would_break_the_prompt_is_copied(tmp_path, corpus):
-    soundfile.write(tmp_path / "a<|endofspeech|>b.wav", speech(1.0, 16000), 16000)
-    rows = converted(tmp_path, [corpus[0] | {"source": "a<|endofspeech|>b.wav"}])
+@pytest.mark.parametrize("name", ["a<|endofspeech|>b.wav", "a\nb.wav"])
+def test_a_path_that_would_break_the_prompt_is_copied(tmp_path, corpus, name):
+    soundfile.write(tmp_path / name, speech(1.0, 16000), 16000)
+    rows = converted(tmp_path, [corpus[0] | {"source": name}])
     assert path_of(rows[0]) == str(tmp_path / "out/audio/train/u0.flac")
 
 
@@ -610,6 +611,7 @@ def test_validate_finds_each_fault_and_exits_1(tmp_path, corpus):
         ({"messages": rows[0]["messages"][:2]}, "system, user, assistant"), ({"messages": None}, "messages"),
         (asking(rows[0], prompt.format("/none.wav")), "does not exist"),
         (asking(rows[0], prompt.format(tmp_path / "low.wav")), "8000 Hz"), (asking(rows[0], "x"), "startofspeech"),
+        (asking(rows[0], prompt.format("/a\nb.wav")), "startofspeech"),
     ]
     for fault, message in faults:
         write_lines(train, [*rows[1:], rows[0] | fault])
