@@ -170,6 +170,11 @@ def inspect(
     if check_text and (broken := rules.reason(raw)):
         return Entry(entry.given, None, broken[0], f"{broken[1]}: {raw[:100]!r}")
     try:
+        if "max_speech_length" in limits:  # by the header: an hour of speech is not decoded to be dropped
+            samples, rate, _ = audio.length(entry.row["source"], **segment(entry.row))
+            longest = {"max_speech_length": limits["max_speech_length"]}
+            if problem := over_limit({"frames": samples * 100 // rate}, longest):
+                return Entry(entry.given, None, *problem)
         x, rate = audio.read(entry.row["source"], **segment(entry.row))
     except audio.AudioError as error:
         return Entry(entry.given, None, error.reason, str(error))

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -156,7 +157,9 @@ def test_dev_and_test_are_not_cut_by_rules_for_train(tmp_path, corpus):
     soundfile.write(tmp_path / "long.wav", speech(121, 8000), 8000)
     soundfile.write(tmp_path / "silent.wav", np.zeros(16000), 8000)
     rows = [corpus[0] | {"key": name, "source": f"{name}.wav"} for name in ("long", "silent")]
-    assert filtered(tmp_path, [*rows, corpus[1]])[1] == {"long": "too_long", "silent": "silent"}
+    with mock.patch.object(audio, "read", side_effect=audio.read) as read:
+        assert filtered(tmp_path, [*rows, corpus[1]])[1] == {"long": "too_long", "silent": "silent"}
+    assert {Path(call.args[0]).name for call in read.call_args_list} == {"silent.wav", "u1.wav"}, "long is not decoded"
     for split in ("dev", "test"):
         assert filtered(tmp_path, rows, "--split", split)[1] == {}
     kept, reasons = filtered(tmp_path, [*rows, corpus[1]], "--max_speech_percentile", 40)
