@@ -179,8 +179,7 @@ stage_4() {
   TITLE="base, stages 1-3, dev and test sets -> final model, transcripts, $EVAL/summary.json"
   READS=("$MODEL_DIR/model.pt" "${STEPS[@]}" "${TEST_DATA[@]}" conf/decode.yaml "$KEYWORDS")
   SETTINGS=(ALPHAS MAX_WIDEBAND_LOSS FRONTEND_FS) LOG=$EXP_OUTPUT/logs/stage4.log
-  WRITES=("$EVAL/checkpoints/final.pt" "$EVAL/summary.json" "$EVAL/interpolation.json") FOLDERS=()
-  if [[ $FORCE == true ]]; then FOLDERS=("$EVAL"); fi  # else transcripts that other keywords or alphas leave are kept
+  WRITES=("$EVAL/checkpoints/final.pt" "$EVAL/summary.json" "$EVAL/interpolation.json") FOLDERS=("$EVAL")
   run_stage 4 evaluate
 }
 

@@ -8,8 +8,8 @@ start, and again only after its outputs are there: a killed stage stays "started
     python local/stage_status.py done  --stage 1 --output_root exp_output --outputs exp_output/exp/a/averaged.pt
     python local/stage_status.py show  --output_root exp_output
 
-`check` exits 0: nothing to do; 3: run it (first time, or go on); 4: redo it from new inputs, the old work
-moved aside first; 1: that would replace work, and neither --force true nor leave was given.
+`check` exits 0: nothing to do; 3: run it (first time, go on, or in place); 4: redo it from new inputs, the old
+work moved aside first; 1: that would replace work, and neither --force true nor leave was given.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def check(root: str, stage: int, now: dict, force: bool = False, refuse: bool = 
             raise UserError(f"stage {stage} was {marker['state']} on {marker['time']} with other inputs: "
                             f"{'; '.join(changed)}; take the change back, or redo the stage with --force true (the old "
                             "folder is moved aside)")  # fmt: skip
-        return MUST_REDO, f"redone, changed: {'; '.join(changed)}"
+        # Stages 4 and 5 replace what no longer holds themselves, and keep transcripts that do.
+        return MUST_REDO if stage < 4 else MUST_RUN, f"redone, changed: {'; '.join(changed)}"
     if marker["state"] == "started":
         return MUST_RUN, f"goes on from where it stopped (started {marker['time']})"
     for path, size in marker["outputs"].items():
