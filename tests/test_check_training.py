@@ -1,5 +1,6 @@
 """What is refused before training and what fails after it: one message each, and nothing that is right."""
 
+import contextlib
 import copy
 import json
 import os
@@ -456,6 +457,14 @@ def test_a_loss_that_is_not_finite_or_did_not_fall_fails_the_stage(tmp_path, los
     (tmp_path / "train.log").write_text("".join(log_line(epoch=epoch, loss=loss) for epoch, loss in enumerate(losses)))
     with pytest.raises(UserError, match=message):
         check_loss(tmp_path / "train.log")
+
+
+@pytest.mark.parametrize(("last", "fails"), [(2.01, False), (2.5, True)])
+def test_a_single_epoch_fails_only_where_the_loss_rose_beyond_noise(tmp_path, caplog, last, fails):
+    (tmp_path / "train.log").write_text(log_line(step=20, loss=2.0) + log_line(step=80, loss=last))
+    with pytest.raises(UserError, match="--force true") if fails else contextlib.nullcontext():
+        assert not check_loss(tmp_path / "train.log")["loss_target_met"]
+    assert fails or "did not fall: 2.000 -> 2.010, in one epoch" in caplog.text
 
 
 def test_the_thirty_percent_target_is_reported_and_no_reason_to_fail(tmp_path):
