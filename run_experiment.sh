@@ -31,7 +31,7 @@ run_stage() {  # NUMBER FUNCTION: the function, unless TITLE's work is done; REA
     "${READS[@]}" --config)
   for option in "${SETTINGS[@]}"; do facts+=("$option=${!option}"); done
   if ((NODE_RANK > 0 && (stage < 1 || stage > 3))); then echo "stage $stage: machine 0 does it"; return; fi
-  "${marker[@]}" check "${facts[@]}" --force "$FORCE" --on_change "$ON_CHANGE" || code=$?
+  "${marker[@]}" check "${facts[@]}" --force "$FORCE" --on_change "$ON_CHANGE" --after "${AFTER[@]}" || code=$?
   case $code in 0) return ;; 3 | 4) ;; *) exit "$code" ;; esac
   if ((NODE_RANK == 0)); then
     for folder in "${FOLDERS[@]}"; do
@@ -45,13 +45,14 @@ run_stage() {  # NUMBER FUNCTION: the function, unless TITLE's work is done; REA
   (set -e; echo "# $COMMAND"; "$body") 2>&1 | tee -ia "$LOG"
   code=${PIPESTATUS[0]}
   set -e
+  ((NODE_RANK > 0)) || "${marker[@]}" ended "${facts[@]:0:4}" --code "$code" --log "$LOG" --outputs "${WRITES[@]}"
   ((code == 0)) || fail "stage $stage failed with exit code $code; its last lines above and $LOG say why" "$code"
-  ((NODE_RANK > 0)) || "${marker[@]}" "done" "${facts[@]:0:4}" --outputs "${WRITES[@]}"
   echo "stage $stage: took $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s"
 }
 
-needs() {  # STAGE FILE...: what an earlier stage has to have written
+needs() {  # STAGE FILE...: what an earlier stage has to have written, and, as machine 0's books say, to the end
   local file
+  ((NODE_RANK > 0)) || AFTER+=("$1")
   for file in "${@:2}"; do [[ -s $file ]] || fail "no $file; run stage $1 first: bash run_experiment.sh $1"; done
 }
 
@@ -144,7 +145,7 @@ train_stage() {  # NUMBER TITLE SHARE
   if ((N == 1)); then PARENT=$MODEL_DIR/model.pt; fi
   if [[ -n $INIT_CHECKPOINT ]] && ((N == (STAGE > 1 ? STAGE : 1))); then PARENT=$INIT_CHECKPOINT; fi
   ((NODE_RANK == 0)) || LOG=$EXP_OUTPUT/logs/stage$1.machine$NODE_RANK.log
-  needs $((N > 1 ? N - 1 : -1)) "$PARENT"
+  [[ $PARENT == "$INIT_CHECKPOINT" ]] || needs $((N > 1 ? N - 1 : -1)) "$PARENT"
   CONFS=(--stage_conf "conf/${NAMES[$1]}.yaml")
   [[ -f $STAGE_OVERLAY_DIR/${NAMES[$1]}.yaml ]] && CONFS+=(--overlay "$STAGE_OVERLAY_DIR/${NAMES[$1]}.yaml")
   READS=("${CONFS[1]}" "${CONFS[3]:-}" "$PARENT" "$MODEL_DIR/config.yaml" "${TRAIN_DATA[@]}")
@@ -244,6 +245,6 @@ main() {
   # Everything started from here inherits the lock, so what a killed run left behind still holds it.
   exec 9>"$EXP_OUTPUT/.lock$NODE_RANK"
   flock -n 9 || fail "another run, or what is left of one, is still working in $EXP_OUTPUT; wait for it or end it" 1
-  for ((stage = STAGE; stage <= STOP_STAGE; stage++)); do ON_CHANGE=redo; "stage_$stage"; done
+  for ((stage = STAGE; stage <= STOP_STAGE; stage++)); do ON_CHANGE=redo AFTER=(); "stage_$stage"; done
 }
 main "$@"

@@ -1,15 +1,16 @@
 """Remember what each stage of run_experiment.sh did, and say whether it has to run again.
 
-A marker `$EXP_OUTPUT/status/stageN.json` holds the state (started or done), when, how long, the rows of
+A marker `$EXP_OUTPUT/status/stageN.json` holds the state (started, failed or done), when, how long, the rows of
 every JSONL written, and a hash of every input and option. The driver asks before a stage, tells at its
-start, and again only after its outputs are there: a killed stage stays "started" and simply goes on.
+start, and again after its failure or when its outputs are there: a killed stage stays "started" and simply goes on.
 
     python local/stage_status.py check --stage 1 --output_root exp_output --inputs conf/a.yaml --config SEED=0
-    python local/stage_status.py done  --stage 1 --output_root exp_output --outputs exp_output/exp/a/averaged.pt
+    python local/stage_status.py ended --stage 1 --output_root exp_output --outputs exp_output/exp/a/averaged.pt
     python local/stage_status.py show  --output_root exp_output
 
 `check` exits 0: nothing to do; 3: run it (first time, go on, or in place); 4: redo it from new inputs, the old
-work moved aside first; 1: that would replace work, and neither --force true nor leave was given.
+work moved aside first; 1: that would replace work, and neither --force true nor leave was given; 2: a stage of
+--after, whose work this one reads, is not done or was made from another checkpoint than the one that is there now.
 """
 
 from __future__ import annotations
@@ -43,15 +44,18 @@ KALDI_FILES = ("wav.scp", "text", "segments", "utt2spk", "reco2file_and_channel"
 def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Say whether a stage must run, and remember that it ran.")
     add = parser.add_argument
-    add("action", choices=("check", "start", "done", "show"))
+    add("action", choices=("check", "start", "ended", "show"))
     add("--stage", type=int, help="Number of the stage, -1 to 5.")
     add("--output_root", required=True, help="The EXP_OUTPUT of the experiment.")
     add("--inputs", nargs="*", default=[], help="Files and Kaldi folders the stage reads.")
     add("--config", nargs="*", default=[], metavar="NAME=VALUE", help="Options that change its result.")
-    add("--outputs", nargs="*", default=[], help="Files the stage has to have written by `done`.")
+    add("--outputs", nargs="*", default=[], help="Files the stage has to have written when it `ended`.")
     add("--force", choices=("true", "false"), default="false", help="Redo the stage whatever it is.")
     add("--on_change", choices=("refuse", "redo"), default="redo",
         help="What a change of inputs means for earlier work: refuse to replace it without --force, or redo it.")
+    add("--after", nargs="*", type=int, default=[], help="Stages whose work it reads: `check` wants them done.")
+    add("--code", type=int, default=0, help="Exit code with which the stage `ended`; over 128, a signal stopped it.")
+    add("--log", default="", help="File that says how the stage went.")
     add("--pid", type=int, default=0, help="Process of the driver, to tell running from stopped.")
     return parser.parse_args()
 
@@ -95,6 +99,27 @@ def read_marker(root: str, stage: int) -> dict[str, Any] | None:
         raise UserError(f"{marker_path(root, stage)} is damaged: {error}; delete it to run the stage again") from error
 
 
+def check_parents(root: str, stage: int, parents: list[int], now: dict[str, str]) -> None:
+    """The stages whose work a stage reads are done, and were made from the checkpoints that are there now.
+
+    Without a marker, as in a folder that borrows another's data, nothing is known against the work.
+    """
+    trained = Path(os.path.abspath(root), "exp/8k_telephone")
+    for parent, marker in ((number, read_marker(root, number)) for number in parents):
+        if marker is None:
+            continue
+        if marker["state"] != "done":
+            raise UserError(f"stage {stage} reads the work of stage {parent}, which is not done ({marker['state']} "
+                            f"{marker['time']}); finish it first: bash run_experiment.sh {parent}", code=2)  # fmt: skip
+        for path, was in marker["inputs"].items():
+            folder = Path(path).parent  # one that was moved aside ends in digits, its time
+            ours = folder.parent == trained and folder.match("stage?_*[a-z]")  # not the user's INIT_CHECKPOINT
+            if ours and (now.get(path) or hash_input(path)) != was:
+                again = f"{parent} 3 --force true" if parent <= 3 else parent
+                raise UserError(f"stage {parent} was made from another stage {folder.name[5]} than the one that is "
+                                f"there now; make it anew: bash run_experiment.sh {again}", code=2)  # fmt: skip
+
+
 def check(root: str, stage: int, now: dict, force: bool = False, refuse: bool = False) -> tuple[int, str]:
     """Decide about a stage: (exit code, one line that says why).
 
@@ -120,8 +145,8 @@ def check(root: str, stage: int, now: dict, force: bool = False, refuse: bool = 
                             "folder is moved aside)")  # fmt: skip
         # Stages 4 and 5 replace what no longer holds themselves, and keep transcripts that do.
         return MUST_REDO if stage < 4 else MUST_RUN, f"redone, changed: {'; '.join(changed)}"
-    if marker["state"] == "started":
-        return MUST_RUN, f"goes on from where it stopped (started {marker['time']})"
+    if marker["state"] != "done":
+        return MUST_RUN, f"goes on from where it stopped ({marker['state']} {marker['time']})"
     for path, size in marker["outputs"].items():
         if not os.path.isfile(path) or os.path.getsize(path) != size:
             return MUST_RUN, f"{path} is gone or was changed since {marker['time']}"
@@ -133,6 +158,12 @@ def start(root: str, stage: int, now: dict, pid: int) -> None:
     marker = {"state": "started", "time": time.strftime(CLOCK), "began": time.time(), "pid": pid,
               "host": socket.gethostname(), **now}
     write_json(marker_path(root, stage), marker)
+
+
+def failed(root: str, stage: int, log: str) -> None:
+    """Write down that a stage failed, and where that is said."""
+    found = {"state": "failed", "time": time.strftime(CLOCK), "log": log}
+    write_json(marker_path(root, stage), (read_marker(root, stage) or {}) | found)
 
 
 def done(root: str, stage: int, outputs: list[str]) -> dict[str, Any]:
@@ -202,6 +233,8 @@ def show(root: str) -> str:
         elsewhere = started and host != socket.gethostname()  # where its process number says nothing
         running = elsewhere or (started and lives(marker["pid"], marker["began"]))
         stopped = marker["state"].replace("started", "stopped; run it again")
+        if marker["state"] == "failed":
+            stopped += f": see {marker['log']}"
         state = f"started on {host}" if elsewhere else "running" if running else stopped
         models = ("base", "final") if stage == 4 else (f"stage{stage}",)
         # A stage that was begun again after its model was scored has no rates yet.
@@ -231,7 +264,11 @@ def main() -> None:
         return
     if args.stage not in STAGES:
         raise UserError(f"--stage {args.stage}: expected one of {', '.join(map(str, STAGES))}", code=2)
-    if args.action == "done":
+    if args.action == "ended" and args.code:
+        if args.code <= 128:
+            failed(args.output_root, args.stage, args.log)
+        return
+    if args.action == "ended":
         marker = done(args.output_root, args.stage, args.outputs)
         rows = ", ".join(f"{name} {count:,} rows" for name, count in marker["counts"].items())
         print(f"stage {args.stage}: done" + (f": {rows}" if rows else ""))
@@ -240,6 +277,7 @@ def main() -> None:
     if args.action == "start":
         start(args.output_root, args.stage, now, args.pid)
         return
+    check_parents(args.output_root, args.stage, args.after, now["inputs"])
     code, reason = check(args.output_root, args.stage, now, args.force == "true", args.on_change == "refuse")
     print(f"stage {args.stage} ({STAGES[args.stage]}): {reason}")
     sys.exit(code)

@@ -27,7 +27,7 @@ if name in ("-c", "stage_status.py"):
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(json.dumps([name, *args[1:]]) + "\\n")
 print("output of", name, flush=True)
-if name == os.environ.get("FAILING"):
+if os.environ.get("FAILING") in (name, args[1]):
     print("error: this helper fails", file=sys.stderr)
     sys.exit(7)
 
@@ -434,9 +434,50 @@ def test_a_failure_names_stage_and_log_and_passes_the_exit_code_on(recipe):
     log = recipe.exp / "exp/8k_telephone/stage1_encoder_adapt/train.log"
     assert done.stderr.splitlines()[-1].startswith("error: stage 1 failed with exit code 7") and str(log) in done.stderr
     assert "this helper fails" in log.read_text()
-    assert json.loads((recipe.exp / "status/stage1.json").read_text())["state"] == "started"
+    marker = json.loads((recipe.exp / "status/stage1.json").read_text())
+    assert (marker["state"], marker["log"]) == ("failed", str(log))
     assert "train.py" not in [call[0] for call in recipe.calls()]
     assert recipe(1).returncode == 0
+
+
+def test_what_a_failed_check_left_feeds_no_later_stage(recipe, tmp_path):
+    assert recipe(-1, 0).returncode == 0
+    assert recipe(1, environment={"FAILING": "after"}).returncode == 7
+    assert (recipe.exp / "exp/8k_telephone/stage1_encoder_adapt/averaged.pt").is_file()
+    recipe.forget_calls()
+    refused = recipe(2)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert "stage 2 reads the work of stage 1, which is not done (failed" in refused.stderr
+    assert recipe.calls() == []
+    (tmp_path / "mine.pt").write_text("x")
+    assert recipe(2, init_checkpoint=tmp_path / "mine.pt").returncode == 0
+    assert recipe(3).returncode == 0
+    assert "which is not done (failed" in recipe(4).stderr
+    assert recipe(1, 4).returncode == 1, "stage 2 was trained from another checkpoint"
+    (recipe.exp / "status/stage1.json").unlink()
+    assert recipe(4).returncode == 0, "nothing is known against work without a marker"
+
+
+def test_stages_of_different_runs_are_not_mixed(recipe, tmp_path):
+    assert recipe(-1, 4).returncode == 0
+    assert recipe(1, seed=1, force="true").returncode == 0
+    for stage, was, now, again in ((3, 2, 1, "2 3 --force true"), (4, 2, 1, "2 3 --force true"), (5, 4, 1, "4")):
+        refused = recipe(stage, force="true")
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+        assert f"stage {was} was made from another stage {now} than the one that is there now" in refused.stderr
+        assert refused.stderr.strip().endswith(f"bash run_experiment.sh {again}")
+    (tmp_path / "mine.pt").write_text("x")
+    assert recipe(2, 3, force="true", init_checkpoint=tmp_path / "mine.pt").returncode == 0
+    (tmp_path / "mine.pt").write_text("y")
+    assert recipe(1, seed=2, force="true").returncode == 0
+    assert recipe(4, 5).returncode == 0, "stage 2 was made from the user's own"
+
+
+def test_the_other_machines_leave_the_books_to_machine_0(recipe):
+    assert recipe(-1, 1).returncode == 0
+    marker = recipe.exp / "status/stage1.json"
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"state": "started"}))
+    assert recipe(2, nnodes=2, node_rank=1).returncode == 0, "machine 0 may still be at the last check of stage 1"
 
 
 def test_work_is_not_replaced_without_force_and_then_moved_aside(recipe):

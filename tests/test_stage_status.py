@@ -196,6 +196,10 @@ def test_status_shows_the_state_of_every_stage(experiment):
     stage_status.start(str(experiment), 3, facts(experiment), pid=0)
     states, trainings = tables(experiment)
     assert [states[stage][2] for stage in "0123"] == ["not run", "done", "running", "stopped; run it again"]
+    for code, state in ((130, "stopped; run it again"), (7, "failed: see train.log")):
+        told = command("ended", "--stage", 3, "--output_root", experiment, "--code", code, "--log", "train.log")
+        assert told.returncode == 0
+        assert tables(experiment)[0]["3"][2] == state
     assert states["1"][5] == "train 2"
     assert not trainings
 
