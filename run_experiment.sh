@@ -244,7 +244,7 @@ main() {
   mkdir -p "$EXP_OUTPUT" || exit 1
   # Everything started from here inherits the lock, so what a killed run left behind still holds it.
   exec 9>"$EXP_OUTPUT/.lock$NODE_RANK"
-  flock -n 9 || fail "another run, or what is left of one, is still working in $EXP_OUTPUT; wait for it or end it" 1
+  flock -n 9 || fail_locked "$EXP_OUTPUT/.lock$NODE_RANK"
   for ((stage = STAGE; stage <= STOP_STAGE; stage++)); do ON_CHANGE=redo AFTER=(); "stage_$stage"; done
 }
 main "$@"

@@ -14,6 +14,14 @@ fail() {  # one line for a mistake of the user's; nothing was done
   exit "${2:-2}"
 }
 
+fail_locked() {  # LOCK: names the processes that hold it, where they are of this machine
+  local pids
+  exec 9>&-  # this shell is none of them
+  pids=$(find /proc/[0-9]*/fd -lname "$(realpath "$1")" 2>/dev/null | cut -d / -f 3 | sort -nu | xargs) || true
+  pids=${pids:+: kill $pids}
+  fail "another run, or what is left of one, is still working in $EXP_OUTPUT; wait for it or end it$pids" 1
+}
+
 parse_options() {  # -> STAGE STOP_STAGE and every variable of conf/experiment.conf
   local name config=${CONFIG:-} positional=()
   local -A given=()

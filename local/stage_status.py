@@ -16,6 +16,7 @@ work moved aside first; 1: that would replace work, and neither --force true nor
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import socket
@@ -38,6 +39,7 @@ STAGES = {
 }
 CLOCK = "%Y-%m-%d %H:%M:%S"
 CHOSEN = {"TEXT_STYLE": 0, "FRONTEND_FS": 1}  # options that are chosen at a stage, and kept by those after it
+RUNNING = ("running", "started on")  # how `show` says so
 KALDI_FILES = ("wav.scp", "text", "segments", "utt2spk", "reco2file_and_channel")
 
 
@@ -215,9 +217,21 @@ def error_rates(root: str) -> dict[str, str]:
 def lives(pid: int, began: float) -> bool:
     """Whether the process that wrote a marker at `began` still runs, and not another one under its number."""
     try:
-        return bool(pid) and psutil.Process(pid).create_time() < began + 60  # clocks are set now and then
+        process = psutil.Process(pid)
+        # Clocks are set now and then; a killed process is a zombie until its parent asks, in some containers for ever.
+        return bool(pid) and process.create_time() < began + 60 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def locked(root: str) -> bool:
+    """Whether a run holds the lock of the experiment, or what a killed one left behind does."""
+    try:
+        with open(Path(root) / ".lock0") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    return False
 
 
 def show(root: str) -> str:
@@ -226,16 +240,25 @@ def show(root: str) -> str:
         f"# Status of the experiment in {root}", "", f"Written {time.strftime(CLOCK)} by `make status`.", "",
         "| stage | what | state | when | took | rows, or CER on test |", "|---|---|---|---|---|---|",
     ]
-    trainings, rates, scored = [], error_rates(root), (read_marker(root, 4) or {}).get("began", 0)
+    markers = {stage: read_marker(root, stage) or {"state": "not run", "time": ""} for stage in STAGES}
+    trainings, rates, scored = [], error_rates(root), markers[4].get("began", 0)
+    states = {stage: marker["state"] for stage, marker in markers.items()}
+    stopped = []
+    for stage, marker in markers.items():
+        if states[stage] == "failed":
+            states[stage] += f": see {marker['log']}"
+        elif states[stage] == "started" and marker.get("host", socket.gethostname()) != socket.gethostname():
+            states[stage] += f" on {marker['host']}"  # where its process number says nothing
+        elif states[stage] == "started" and lives(marker["pid"], marker["began"]):
+            states[stage] = "running"
+        elif states[stage] == "started":
+            states[stage] = "stopped; run it again"
+            stopped.append((marker["began"], stage))
+    if stopped and not any(state.startswith(RUNNING) for state in states.values()) and locked(root):
+        states[max(stopped)[1]] = "running, though its driver is gone: wait for it or end it"
     for stage, what in STAGES.items():
-        marker = read_marker(root, stage) or {"state": "not run", "time": "", "pid": 0}
-        started, host = marker["state"] == "started", marker.get("host", socket.gethostname())
-        elsewhere = started and host != socket.gethostname()  # where its process number says nothing
-        running = elsewhere or (started and lives(marker["pid"], marker["began"]))
-        stopped = marker["state"].replace("started", "stopped; run it again")
-        if marker["state"] == "failed":
-            stopped += f": see {marker['log']}"
-        state = f"started on {host}" if elsewhere else "running" if running else stopped
+        marker, state = markers[stage], states[stage]
+        running = state.startswith(RUNNING)
         models = ("base", "final") if stage == 4 else (f"stage{stage}",)
         # A stage that was begun again after its model was scored has no rates yet.
         models = models if marker.get("began", 0) <= scored else ()

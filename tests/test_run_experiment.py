@@ -536,6 +536,7 @@ def test_a_second_run_in_the_same_folder_is_refused(recipe):
         done = recipe(-1)
     assert done.returncode == 1
     assert "another run" in done.stderr and done.stderr.count("\n") == 1
+    assert done.stderr.endswith(f"end it: kill {os.getpid()}\n")
     assert recipe.calls() == []
     assert recipe(-1).returncode == 0, "when the other run has ended"
 

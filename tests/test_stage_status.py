@@ -1,5 +1,6 @@
 """A stage runs when it has to, and only then: what stage_status.py promises the driver."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -202,6 +203,28 @@ def test_status_shows_the_state_of_every_stage(experiment):
         assert tables(experiment)[0]["3"][2] == state
     assert states["1"][5] == "train 2"
     assert not trainings
+
+
+def test_a_killed_driver_that_nobody_waits_for_is_not_running(experiment):
+    with subprocess.Popen(["sleep", "60"]) as driver:
+        stage_status.start(str(experiment), 2, facts(experiment), pid=driver.pid)
+        assert tables(experiment)[0]["2"][2] == "running"
+        driver.kill()
+        os.waitid(os.P_PID, driver.pid, os.WEXITED | os.WNOWAIT)
+        assert tables(experiment)[0]["2"][2] == "stopped; run it again"
+
+
+def test_what_a_killed_driver_left_behind_is_not_called_stopped(training, experiment):
+    for stage in (1, 2):  # stage 1 was stopped some time before
+        stage_status.start(str(experiment), stage, facts(experiment), pid=0)
+    with open(experiment / ".lock0", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        states, trainings = tables(experiment)
+        assert states["1"][2] == "stopped; run it again" and states["2"][2].startswith("running, though its driver is")
+        assert trainings["2"][-1] == "0:05:40"
+    assert tables(experiment)[0]["2"][2] == "stopped; run it again"
+    with open(experiment / ".lock0") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_process_number_that_is_in_use_again_is_not_taken_for_the_stage(experiment):
