@@ -133,7 +133,8 @@ def check_rate(model: torch.nn.Module, checkpoint: Path, fs: int) -> None:
         return
     frozen = not any(p.requires_grad for p in model.audio_encoder.parameters())
     if frozen or (checkpoint.parent / "averaged.pt").is_file():
-        raise UserError(f"frontend fs {fs}, but {checkpoint} was trained at {was} Hz; the rate is chosen at stage 1")
+        raise UserError(f"frontend fs {fs}, but {checkpoint} was trained at {was} Hz; the rate is chosen at stage 0 and "
+                        "learned at stage 1, those after it must match")  # fmt: skip
     logging.warning("frontend fs %d, the encoder knows %d Hz: an experiment; stages 2-5 must do the same", fs, was)
 
 

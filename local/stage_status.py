@@ -38,7 +38,7 @@ STAGES = {
     5: "report and final model",
 }
 CLOCK = "%Y-%m-%d %H:%M:%S"
-CHOSEN = {"TEXT_STYLE": 0, "FRONTEND_FS": 1}  # options that are chosen at a stage, and kept by those after it
+CHOSEN = ("TEXT_STYLE", "FRONTEND_FS")  # options that are chosen at stage 0, and kept by those after it
 RUNNING = ("running", "started on")  # how `show` says so
 KALDI_FILES = ("wav.scp", "text", "segments", "utt2spk", "reco2file_and_channel")
 
@@ -126,14 +126,14 @@ def check(root: str, stage: int, now: dict, force: bool = False, refuse: bool = 
     """Decide about a stage: (exit code, one line that says why).
 
     Raises UserError where the stage would replace work of other inputs and may not, and where an option of CHOSEN
-    is not what it was at its stage.
+    is not what it was at stage 0.
     """
     marker = read_marker(root, stage)
-    for name, first in CHOSEN.items():
-        chosen = read_marker(root, first) if stage > first and name in now["config"] else None
-        was, asked = (facts["config"].get(name) for facts in (chosen or now, now))
-        if asked != was:
-            raise UserError(f"{name} is {asked}, but stage {first} had {was}; add --{name.lower()} {was}, or begin "
+    chosen = (read_marker(root, 0) if stage > 0 else None) or now
+    for name in CHOSEN:
+        was, asked = (facts["config"].get(name) for facts in (chosen, now))
+        if name in now["config"] and asked != was:
+            raise UserError(f"{name} is {asked}, but stage 0 had {was}; add --{name.lower()} {was}, or begin "
                             "again at stage 0 in another --exp_output", code=2)  # fmt: skip
     if marker is None:
         return MUST_RUN, "not run yet"

@@ -85,13 +85,13 @@ def test_force_redoes_what_is_up_to_date(experiment):
     assert check(experiment, force=True)[0] == stage_status.MUST_REDO
 
 
-@pytest.mark.parametrize("stage", [2, 5])
-def test_the_sampling_rate_is_that_of_stage_1(tmp_path, stage):
+@pytest.mark.parametrize("stage", [1, 5])
+def test_the_sampling_rate_is_that_of_stage_0(tmp_path, stage):
     narrow, wide = (facts(tmp_path, f"FRONTEND_FS={rate}") for rate in (8000, 16000))
     assert stage_status.check(str(tmp_path), stage, wide)[0] == stage_status.MUST_RUN  # weights from elsewhere
-    stage_status.start(str(tmp_path), 1, narrow, pid=0)
+    stage_status.start(str(tmp_path), 0, narrow, pid=0)
     assert stage_status.check(str(tmp_path), stage, narrow)[0] == stage_status.MUST_RUN
-    assert stage_status.check(str(tmp_path), 0, wide)[0] == stage_status.MUST_RUN
+    assert stage_status.check(str(tmp_path), 0, wide)[0] == stage_status.MUST_REDO
     with pytest.raises(UserError, match="--frontend_fs 8000") as refused:
         stage_status.check(str(tmp_path), stage, wide, force=True)
     assert refused.value.code == 2
