@@ -133,8 +133,8 @@ def check_rate(model: torch.nn.Module, checkpoint: Path, fs: int) -> None:
         return
     frozen = not any(p.requires_grad for p in model.audio_encoder.parameters())
     if frozen or (checkpoint.parent / "averaged.pt").is_file():
-        raise UserError(f"frontend fs {fs}, but {checkpoint} was trained at {was} Hz; the rate is chosen at stage 0 and "
-                        "learned at stage 1, those after it must match")  # fmt: skip
+        raise UserError(f"frontend fs {fs}, but {checkpoint} was trained at {was} Hz; the rate is chosen at stage 0, "
+                        "learned at stage 1, and later stages must match")  # fmt: skip
     logging.warning("frontend fs %d, the encoder knows %d Hz: an experiment; stages 2-5 must do the same", fs, was)
 
 
@@ -165,11 +165,11 @@ def check_rows(path: Path, dataset: dict[str, Any], fs: int) -> tuple[int, int]:
             raise UserError(f"{path}: {key} has {speech + text} frames and tokens, the sampler would skip it; raise "
                             f"dataset_conf.max_token_length above {both_most}")  # fmt: skip
         if online and not Path(online).is_file():
-            raise UserError(f"{path}: {key}: no channel settings {online}; run stage 0 again")
+            raise UserError(f"{path}: {key}: no channel settings {online}; run stage 0 with --force true")
         try:
             info = soundfile.info(audio)
         except (soundfile.LibsndfileError, OSError) as error:
-            raise UserError(f"{path}: {key}: cannot read {audio}; run stage 0 again") from error
+            raise UserError(f"{path}: {key}: cannot read {audio}; run stage 0 with --force true") from error
         if info.samplerate != fs or info.channels != 1:
             raise UserError(f"{path}: {key}: {info.samplerate} Hz, {info.channels} channels, not {fs} Hz mono; "
                             "run stage 0 with the same FRONTEND_FS")  # fmt: skip

@@ -58,7 +58,7 @@ def utterance(row: dict[str, Any], frontend_fs: int) -> Utterance:
     try:
         samples, rate = audio.read(said["audio"])
     except audio.AudioError as error:
-        raise UserError(f"{row['key']}: {error}; run stage 0 again") from error
+        raise UserError(f"{row['key']}: {error}; run stage 0 with --force true") from error
     if rate != frontend_fs:
         # FunASR would resample without a word, with another filter than training data had.
         raise UserError(f"{row['key']}: {said['audio']} is at {rate} Hz, the frontend at {frontend_fs} Hz; see stage 0")
@@ -128,7 +128,7 @@ def named(pairs: list[str], what: str) -> dict[str, str]:
 def read_test_set(path: str) -> list[dict[str, Any]]:
     rows = list(read_jsonl(path))
     if not rows:
-        raise UserError(f"{path} has no rows; run stage 0 again")
+        raise UserError(f"{path} has no rows; see the rejected rows of stage 0")
     if len({row["key"] for row in rows}) < len(rows):
         raise UserError(f"{path}: a key occurs twice; keys name the rows of a transcript")
     return rows

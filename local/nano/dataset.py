@@ -56,7 +56,7 @@ class FunASR(Stock):
         self.online = {row["key"]: row["channel"]["online"] for row in simulated if "online" in row["channel"]}
         if self.online and (self.channel is None or not kwargs.get("is_training")):
             raise ValueError(f"{path} has rows whose channel is drawn in training; only local/train.py trains on them, "
-                             "and dev rows must not be such; run stage 0 again")  # fmt: skip
+                             "and dev rows must not be such; run stage 0 with --force true")  # fmt: skip
         if self.online:
             if self.preprocessor_noise is not None:
                 raise ValueError("dataset_conf.preprocessor_noise has the place of the online channel; leave it out")
@@ -72,9 +72,10 @@ class FunASR(Stock):
         try:
             rate = soundfile.info(path).samplerate
         except (soundfile.LibsndfileError, OSError) as error:
-            raise RuntimeError(f"{key}: cannot read {path}: {error}; run stage 0 again") from error
+            raise RuntimeError(f"{key}: cannot read {path}: {error}; run stage 0 with --force true") from error
         if rate != self.fs:
-            raise RuntimeError(f"{key}: {path} is at {rate} Hz, not the frontend's {self.fs}; redo stage 0")
+            raise RuntimeError(f"{key}: {path} is at {rate} Hz, not the frontend's {self.fs}; "
+                               "run stage 0 with --force true")  # fmt: skip
         # Upstream logs an exception of the channel and trains on clean audio, and does so with rows that are `noised`.
         self.key, self.failure = key, "was not asked for" if key in self.online else None
         sample = super().__getitem__(index)
