@@ -205,7 +205,8 @@ def training_row(folder: Path, running: bool) -> list[str]:
     audio = sum(row["speech_length"] for row in read_jsonl(rows)) / 100 if rows.is_file() else 0
     # An early stop makes it less, validation a little more.
     left = str(timedelta(seconds=round(((epochs - epoch) * steps - now["step"]) * pace))) if running else ""
-    return [f"{epoch + 1}/{epochs}", f"{first:.3f} -> {loss:.3f}", f"{checked.get('loss_fallen', 1 - loss / first):.0%}", *(accuracy or [""])[-1:],
+    fallen = checked.get("loss_fallen", 1 - loss / first)
+    return [f"{epoch + 1}/{epochs}", f"{first:.3f} -> {loss:.3f}", f"{fallen:.0%}", *(accuracy or [""])[-1:],
             f"{audio / (steps * pace):,.0f}", str(now["gpu"] or "CPU"), left]  # fmt: skip
 
 
