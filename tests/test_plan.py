@@ -117,7 +117,7 @@ def test_make_clean_of_an_empty_folder_is_that_of_the_default(tmp_path, monkeypa
 
 
 def test_make_stops_at_a_config_that_it_cannot_read(tmp_path):
-    command = ["make", "-n", "clean", f"CONFIG={tmp_path}/my.cnf"]
+    command = ["make", "--no-print-directory", "-n", "clean", f"CONFIG={tmp_path}/my.cnf"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.splitlines()[-1].endswith(f"*** CONFIG={tmp_path}/my.cnf cannot be read.  Stop.")
