@@ -45,7 +45,7 @@ run_stage() {  # NUMBER FUNCTION: the function, unless TITLE's work is done; REA
   (set -e; echo "# $COMMAND"; "$body") 2>&1 | tee -ia "$LOG"
   code=${PIPESTATUS[0]}
   set -e
-  ((NODE_RANK > 0)) || "${marker[@]}" ended "${facts[@]:0:4}" --code "$code" --log "$LOG" --outputs "${WRITES[@]}"
+  ((NODE_RANK > 0)) || "${marker[@]}" ended "${facts[@]:0:4}" --code "$code" --log "$LOG" --outputs "${WRITES[@]}" || ((code))
   ((code == 0)) || fail "stage $stage failed with exit code $code; its last lines above and $LOG say why" "$code"
   echo "stage $stage: took $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s"
 }
@@ -166,7 +166,7 @@ train() {
   fi
   local facts=("${CONFS[@]}" --model_dir "$MODEL_DIR" --init_checkpoint "$PARENT" --train_list "$DIR/trainlist.jsonl"
     --valid_list "$DIR/valid.jsonl" --output_dir "$DIR" --frontend_fs "$FRONTEND_FS")
-  "$PYTHON" local/check_training.py before "${facts[@]}"
+  LOCAL_WORLD_SIZE=$((gpus > 0 ? gpus : 1)) "$PYTHON" local/check_training.py before "${facts[@]}"
   ((NNODES == 1)) || echo "machine $NODE_RANK waits for all $NNODES at $MASTER_ADDR:$MASTER_PORT, 15 minutes at most"
   "${launch[@]}" local/train.py "${facts[@]}" --seed "$SEED"
   "$PYTHON" local/check_training.py after "${facts[@]}"
@@ -244,7 +244,7 @@ main() {
   mkdir -p "$EXP_OUTPUT" || exit 1
   # Everything started from here inherits the lock, so what a killed run left behind still holds it.
   exec 9>"$EXP_OUTPUT/.lock$NODE_RANK"
-  flock -n 9 || fail_locked "$EXP_OUTPUT/.lock$NODE_RANK"
+  flock -w 1 9 || fail_locked "$EXP_OUTPUT/.lock$NODE_RANK"
   for ((stage = STAGE; stage <= STOP_STAGE; stage++)); do ON_CHANGE=redo AFTER=(); "stage_$stage"; done
 }
 main "$@"

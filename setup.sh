@@ -97,13 +97,17 @@ stamp() {  # cpu|gpu: what an environment for such a machine is made from; where
   cat requirements*.txt setup.sh <("$PYTHON" -V) <(echo "${TORCH:-$1}") | sha256sum
 }
 
-complete() { [[ -x $VENV/bin/python && $(cat "$VENV/stamp" 2>/dev/null) == "$(stamp "$1")" ]]; }
+made_for() { [[ -x $VENV/bin/python && $(cat "$VENV/stamp" 2>/dev/null) == "$(stamp "$1")" ]]; }
 
 install() {
   local spec=() venv=$VENV
   [[ -z $WHEELS ]] || without_network
   # An environment that is there is not touched before it is known that the new one can be.
-  if [[ $("$VENV/bin/python" -V 2>&1) != "$("$PYTHON" -V)" ]]; then VENV=$VENV/next; new_venv --clear "$VENV"; fi
+  if [[ ! -e $VENV/bin/python ]]; then
+    new_venv --clear "$VENV"
+  elif [[ $("$VENV/bin/python" -V 2>&1) != "$("$PYTHON" -V)" ]]; then
+    VENV=$VENV/next; new_venv --clear "$VENV"
+  fi
   : >"$LOG"
   mapfile -t spec < <(torch_spec)
   echo "setup: 1/2 ${spec[*]} (log in $LOG)"
@@ -190,7 +194,7 @@ esac
 here=cpu
 if has_gpu; then here=gpu; fi
 # What was made for a GPU works without one: a cluster's nodes with and without share this folder.
-if ! complete gpu && ! complete "$here"; then
+if ! made_for gpu && ! made_for "$here"; then
   install
   stamp "$here" >"$VENV/stamp"
   echo "setup: done, $VENV/bin/python is ready"

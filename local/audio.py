@@ -94,11 +94,10 @@ def length(
     return Length(last - first, header.samplerate, plain and whole)
 
 
-def channels(path: str, decode: bool = True) -> int:
-    """Channels of a recording; 0 for one whose header libsndfile cannot read and that is not to be decoded for it."""
-    if header := _header(path):
-        return header.channels
-    return _decode_whole(path, os.stat(path).st_mtime_ns)[0].shape[1] if decode else 0
+def channels(path: str) -> int:
+    """Channels of a recording. Raises AudioError for one that cannot be read."""
+    header = _header(path)
+    return header.channels if header else _decode_whole(path, os.stat(path).st_mtime_ns)[0].shape[1]
 
 
 def rms_level(samples: np.ndarray) -> float:
@@ -106,6 +105,9 @@ def rms_level(samples: np.ndarray) -> float:
     # Not np.dot: its last bits depend on how many threads it has, and so would the audio on the number of workers.
     power = float(np.square(samples).sum()) / max(samples.size, 1)
     return 10.0 * math.log10(power) if power > 0 else -math.inf
+
+
+_window = functools.lru_cache(8)(np.hanning)
 
 
 def is_narrow_band(samples: np.ndarray, rate: int) -> bool:
@@ -118,7 +120,7 @@ def is_narrow_band(samples: np.ndarray, rate: int) -> bool:
     from scipy.fft import next_fast_len  # half of this module's time to import, and few callers come here
 
     middle = samples[max(0, len(samples) // 2 - 5 * rate) : len(samples) // 2 + 5 * rate]
-    middle = (middle - middle.mean()) * np.hanning(len(middle))  # the edges of a cut are energy at all frequencies
+    middle = (middle - middle.mean()) * _window(len(middle))  # the edges of a cut are energy at all frequencies
     count = next_fast_len(len(middle), real=True)  # a length with a large prime takes ten times as long
     power = np.abs(np.fft.rfft(middle, count)) ** 2
     edge = round(4200 / rate * count)

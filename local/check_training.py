@@ -17,6 +17,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import re
 import shutil
 from importlib.util import find_spec
@@ -210,7 +211,8 @@ def batch_frames(dataset: dict[str, Any], longest: int) -> tuple[bool, int]:
 def check_shared_memory(dataset: dict[str, Any], longest: int, frames: int) -> None:
     """Shared memory for two batches of each loader worker, of a list of so many frames: a container may have 64 MiB."""
     shared = Path("/dev/shm")
-    need = min(2 * dataset["num_workers"] * batch_frames(dataset, longest)[1], frames) * FRAME_BYTES
+    workers = dataset["num_workers"] * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # every GPU's process has its own
+    need = min(2 * workers * batch_frames(dataset, longest)[1], frames) * FRAME_BYTES
     if dataset["num_workers"] and shared.is_dir() and (free := shutil.disk_usage(shared).free) < need:
         raise UserError(f"{shared}: {free / 2**20:.0f} MiB free, batches on their way from loader workers take "
                         f"{need / 2**20:.0f}; start the container with --shm-size=8g, or lower "

@@ -92,7 +92,7 @@ def read_options(given: Iterable[str] = (), stage: int = 1) -> dict[str, str]:
     command = ["bash", "-c", READ_OPTIONS, "options", str(stage), "5", *given]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError(done.stderr.removeprefix("error: "), done.returncode)
+        raise UserError(done.stderr.rpartition("error: ")[2], done.returncode)  # bash may have warned before it
     return dict(line.split("=", 1) for line in done.stdout.split("\0")[:-1])
 
 

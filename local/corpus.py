@@ -236,7 +236,10 @@ def _read_kaldi(utterances: Path) -> Iterator[Entry]:
 def _kaldi_channel(source: str, side: str) -> int | str | None:
     """The channel that a side of reco2file_and_channel is; None where a file of its own holds it already."""
     channel = SIDES.get(side, side)
-    return None if channel == 1 and audio.channels(source, decode=False) == 1 else channel
+    with contextlib.suppress(audio.AudioError, OSError):  # who reads it says so
+        if channel == 1 and audio.channels(source) == 1:
+            return None
+    return channel
 
 
 def group_rows(rows: list[dict[str, Any]], by: Iterable[str]) -> list[list[int]]:

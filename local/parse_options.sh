@@ -15,10 +15,12 @@ fail() {  # one line for a mistake of the user's; nothing was done
 }
 
 fail_locked() {  # LOCK: names the processes that hold it, where they are of this machine
-  local pids
+  local fd pids=""
   exec 9>&-  # this shell is none of them
-  pids=$(find /proc/[0-9]*/fd -lname "$(realpath "$1")" 2>/dev/null | cut -d / -f 3 | sort -nu | xargs) || true
-  pids=${pids:+: kill $pids}
+  for fd in /proc/[0-9]*/fd/*; do
+    if [[ $fd -ef $1 ]]; then fd=${fd#/proc/} pids+=" ${fd%%/*}"; fi
+  done
+  pids=${pids:+: kill$pids}
   fail "another run, or what is left of one, is still working in $EXP_OUTPUT; wait for it or end it$pids" 1
 }
 
@@ -125,14 +127,14 @@ longest_row() {  # -> frames of the longest row that all training stages take; u
   local model=$MODEL
   if [[ ! -d $model ]]; then model=$(cat "$EXP_OUTPUT/model/model_dir.txt" || true); fi
   "$PYTHON" -c '
-import os, sys, yaml
-def dataset_conf(folder, name):
-    path = os.path.join(folder, name)
-    conf = yaml.safe_load(open(path, encoding="utf-8")) if os.path.isfile(path) else {}
-    return conf.get("dataset_conf", {}) if isinstance(conf, dict) else {}
+import sys, yaml
+from pathlib import Path
+def conf(*path):
+    found = yaml.safe_load(Path(*path).read_text("utf-8")) if Path(*path).is_file() else {}
+    return found.get("dataset_conf", {}) if isinstance(found, dict) else {}
 model, overlay, *stages = sys.argv[1:]
-confs = [{"max_source_length": 12000} | dataset_conf(model, "config.yaml") | dataset_conf("conf", name) |
-         dataset_conf(overlay, name) for name in stages]
+confs = [{"max_source_length": 12000} | conf(model, "config.yaml") | conf("conf", name) | conf(overlay, name)
+         for name in stages]
 print(min(min(conf["max_source_length"], conf["max_token_length"]) for conf in confs))
 ' "$model" "$STAGE_OVERLAY_DIR" stage1_encoder_adapt.yaml stage2_adapter_align.yaml stage3_lora_domain.yaml
 }

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import fcntl
+import glob
 import json
 import os
 import socket
@@ -40,7 +41,7 @@ STAGES = {
 CLOCK = "%Y-%m-%d %H:%M:%S"
 CHOSEN = ("TEXT_STYLE", "FRONTEND_FS")  # options that are chosen at stage 0, and kept by those after it
 RUNNING = ("running", "started on")  # how `show` says so
-KALDI_FILES = ("wav.scp", "text", "segments", "utt2spk", "reco2file_and_channel")
+KALDI_FILES = ("wav.scp", "text", "segments", "utt2spk")
 
 
 def get_args() -> argparse.Namespace:
@@ -65,7 +66,8 @@ def get_args() -> argparse.Namespace:
 def hash_input(path: str) -> str:
     """Hash of a file's content, those of a Kaldi folder's lists, or "absent"."""
     if os.path.isdir(path):
-        return " ".join(f"{name}:{hash_input(os.path.join(path, name))}" for name in KALDI_FILES)
+        names = [*KALDI_FILES, *map(os.path.basename, glob.glob(f"{glob.escape(path)}/reco2file_and_channel"))]
+        return " ".join(f"{name}:{hash_input(os.path.join(path, name))}" for name in names)
     return file_hash(path) if os.path.isfile(path) else "absent"
 
 
@@ -116,7 +118,7 @@ def check_parents(root: str, stage: int, parents: list[int], now: dict[str, str]
         for path, was in marker["inputs"].items():
             folder = Path(path).parent  # one that was moved aside ends in digits, its time
             ours = folder.parent == trained and folder.match("stage?_*[a-z]")  # not the user's INIT_CHECKPOINT
-            if ours and (now.get(path) or hash_input(path)) != was:
+            if ours and (now.get(path) or hash_input(path)) not in (was, "absent"):  # absent: deleted, to save disk
                 again = f"{parent} 3 --force true" if parent <= 3 else parent
                 raise UserError(f"stage {parent} was made from another stage {folder.name[5]} than the one that is "
                                 f"there now; make it anew: bash run_experiment.sh {again}", code=2)  # fmt: skip
@@ -260,7 +262,7 @@ def show(root: str) -> str:
             states[stage] = "stopped; run it again"
             stopped.append((marker["began"], stage))
     if stopped and not any(state.startswith(RUNNING) for state in states.values()) and locked(root):
-        states[max(stopped)[1]] = "running, though its driver is gone: wait for it or end it"
+        states[max(stopped)[1]] = "running, or about to: a run, or what is left of one, holds the folder"
     for stage, what in STAGES.items():
         marker, state = markers[stage], states[stage]
         running = state.startswith(RUNNING)

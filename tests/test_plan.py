@@ -120,7 +120,7 @@ def test_make_stops_at_a_config_that_it_cannot_read(tmp_path):
     command = ["make", "--no-print-directory", "-n", "clean", f"CONFIG={tmp_path}/my.cnf"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr.splitlines()[-1].endswith(f"*** CONFIG={tmp_path}/my.cnf cannot be read.  Stop.")
+    assert f"*** CONFIG={tmp_path}/my.cnf cannot be read" in done.stderr.splitlines()[-1]
 
 
 def test_online_the_simulated_training_audio_is_not_written(corpus, monkeypatch, capsys):

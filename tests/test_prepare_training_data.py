@@ -27,6 +27,7 @@ from corpus import Seen, group_rows, hash_share, read_rows
 from corpus_filter import TextRules, spoken_length
 from prepare_training_data import main, text_lengths
 from telephone.resample import resample
+from test_audio import encode
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf/data_filter.yaml"
@@ -389,9 +390,9 @@ def test_a_kaldi_folder_with_segments(tmp_path, monkeypatch):
 def test_the_sides_of_a_kaldi_call_are_its_channels_and_a_mix_is_said(tmp_path):
     sides = [speech(4.0, 8000, seed) for seed in range(3)]
     soundfile.write(tmp_path / "stereo.wav", np.stack(sides[:2], 1), 8000)
-    soundfile.write(tmp_path / "mono.wav", sides[2], 8000)
-    write_lines(tmp_path / "wav.scp", (f"{name} {tmp_path}/{file}.wav" for name, file in
-                (("x-A", "stereo"), ("x-B", "stereo"), ("y-B", "mono"), ("z", "stereo"))))
+    encode(tmp_path / "mono.amr", sides[2], 8000, "libopencore_amrnb")
+    write_lines(tmp_path / "wav.scp", (f"{name} {tmp_path}/{file}" for name, file in
+                (("x-A", "stereo.wav"), ("x-B", "stereo.wav"), ("y-B", "mono.amr"), ("z", "stereo.wav"))))
     write_lines(tmp_path / "text", ("a 一", "b 二", "c 三", "d 四"))
     write_lines(tmp_path / "segments", ("a x-A 0 2", "b x-B 0 2", "c y-B 0 2", "d z 0 2"))
     write_lines(tmp_path / "reco2file_and_channel", ("x-A x A", "x-B x\t2", "y-B y B", "z z C"))

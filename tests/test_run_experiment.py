@@ -92,14 +92,14 @@ def recipe(repository, tmp_path):
 
     def run(*arguments, environment=None, **options):
         given = {
-            "exp_output": tmp_path / "exp's output", "model": tmp_path / "base model", "python": stand_in,
+            "exp_output": tmp_path / "exp's [1] output", "model": tmp_path / "base model", "python": stand_in,
             "raw_16k_train": tmp_path / "raw_train.jsonl", "raw_16k_dev": tmp_path / "raw_dev.jsonl",
             "real_8k_train": tmp_path / "real_train.jsonl", "real_8k_dev": tmp_path / "real_dev.jsonl", **options,
         }
         flags = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
         return driver(repository, *arguments, *flags, environment={"CALLS": tmp_path / "calls", **(environment or {})})
 
-    run.exp = tmp_path / "exp's output"
+    run.exp = tmp_path / "exp's [1] output"
     run.calls = lambda: [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
     run.forget_calls = lambda: (tmp_path / "calls").write_text("")
     run.forget_calls()
@@ -470,6 +470,8 @@ def test_stages_of_different_runs_are_not_mixed(recipe, tmp_path):
     (tmp_path / "mine.pt").write_text("y")
     assert recipe(1, seed=2, force="true").returncode == 0
     assert recipe(4, 5).returncode == 0, "stage 2 was made from the user's own"
+    (recipe.exp / "exp/8k_telephone/stage2_adapter_align/averaged.pt").unlink()
+    assert recipe(5, force="true").returncode == 0, "a checkpoint that was read may be deleted to save disk"
 
 
 def test_the_other_machines_leave_the_books_to_machine_0(recipe):

@@ -147,7 +147,10 @@ def test_a_kaldi_folder_is_known_by_its_lists(tmp_path):
     (tmp_path / "notes.txt").write_text("not an input\n")
     assert stage_status.hash_input(str(tmp_path)) == before
     (tmp_path / "text").write_text("a 您好\n")
-    assert stage_status.hash_input(str(tmp_path)) != before
+    text = stage_status.hash_input(str(tmp_path))
+    (tmp_path / "reco2file_and_channel").write_text("a a A\n")
+    assert len({before, text, stage_status.hash_input(str(tmp_path))}) == 3
+    assert "reco2file" not in text, "markers from before it was read still hold"
 
 
 def test_exit_codes_of_the_command(experiment):

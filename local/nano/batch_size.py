@@ -44,11 +44,10 @@ def heaviest(sampler: Any, dataset: Any) -> list[tuple[int, int]]:
     def said(row: int) -> float:  # speech, prompt and text in tokens; logits of text take as much again and a half
         return frames(row) / 48 + PROMPT + 2.5 * len(dataset.index_ds[row]["assistant"][0])
 
-    found = []
+    batches, found = [batch for batch in sampler if batch], []
     for weight in (frames, said):
-        row, copies = max(((max(batch, key=weight), len(batch)) for batch in sampler if batch),
-                          key=lambda pair: weight(pair[0]) * pair[1])  # fmt: skip
-        found.append((row, copies))
+        pairs = ((max(batch, key=weight), len(batch)) for batch in batches)
+        found.append(max(pairs, key=lambda pair: weight(pair[0]) * pair[1]))
     return found
 
 
