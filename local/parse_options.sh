@@ -107,6 +107,9 @@ check_options() {  # all that can be checked before anything is done
   for value in ${STAGE_OVERLAY_DIR:+"$STAGE_OVERLAY_DIR"/stage*.y*ml}; do
     [[ ! -e $value || -f conf/${value##*/} ]] || fail "$value: there is no conf/${value##*/} that it could be laid over"
   done
+  ((${#MAX_SPEECH_LENGTH} < 6 && MAX_SPEECH_LENGTH <= 12000)) ||
+    grep -qs max_source_length conf/stage*.yaml ${STAGE_OVERLAY_DIR:+"$STAGE_OVERLAY_DIR"/stage*.yaml} ||
+    fail "--max_speech_length $MAX_SPEECH_LENGTH is over 12000, the model's max_source_length; raise it in each stage's YAML"
   needs_path INIT_CHECKPOINT CHANNEL_CONF FILTER_CONF KEYWORDS BG_NOISE_SCP
   [[ -z $KEYWORDS ]] || iconv -f UTF-8 -t UTF-8 "$KEYWORDS" >/dev/null 2>&1 ||
     fail "--keywords $KEYWORDS is not UTF-8; iconv -f GB18030 -t UTF-8 makes it so"
@@ -115,28 +118,7 @@ check_options() {  # all that can be checked before anything is done
       [[ -n ${!name} ]] || fail "stage 0 needs --${name,,}: a JSONL or a Kaldi folder"
     done
     needs_path RAW_16K_TRAIN RAW_16K_DEV RAW_16K_TEST REAL_8K_TRAIN REAL_8K_DEV REAL_8K_TEST
-    if ! grep -qs "\"MAX_SPEECH_LENGTH\": \"$MAX_SPEECH_LENGTH\"" "$EXP_OUTPUT/status/stage0.json"; then
-      value=$(longest_row 2>/dev/null) || value=999999999  # a YAML that cannot be read is named by its reader
-      ((${#MAX_SPEECH_LENGTH} < 10 && MAX_SPEECH_LENGTH <= value)) || fail "--max_speech_length $MAX_SPEECH_LENGTH is over \
-$value, the smallest max_source_length or max_token_length of stages 1-3; lower it, or raise those in their YAML"
-    fi
   fi
-}
-
-longest_row() {  # -> frames of the longest row that all training stages take; unless a YAML says so, the released model's
-  local model=$MODEL
-  if [[ ! -d $model ]]; then model=$(cat "$EXP_OUTPUT/model/model_dir.txt" || true); fi
-  "$PYTHON" -c '
-import sys, yaml
-from pathlib import Path
-def conf(*path):
-    found = yaml.safe_load(Path(*path).read_text("utf-8")) if Path(*path).is_file() else {}
-    return found.get("dataset_conf", {}) if isinstance(found, dict) else {}
-model, overlay, *stages = sys.argv[1:]
-confs = [{"max_source_length": 12000} | conf(model, "config.yaml") | conf("conf", name) | conf(overlay, name)
-         for name in stages]
-print(min(min(conf["max_source_length"], conf["max_token_length"]) for conf in confs))
-' "$model" "$STAGE_OVERLAY_DIR" stage1_encoder_adapt.yaml stage2_adapter_align.yaml stage3_lora_domain.yaml
 }
 
 one_of() { [[ " ${*:2} " == *" ${!1} "* ]] || fail "--${1,,} '${!1}': expected ${*:2}"; }
