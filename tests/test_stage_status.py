@@ -223,7 +223,7 @@ def test_what_a_killed_driver_left_behind_is_not_called_stopped(training, experi
     with open(experiment / ".lock0", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         states, trainings = tables(experiment)
-        assert states["1"][2] == "stopped; run it again" and states["2"][2].startswith("running, though its driver is")
+        assert states["1"][2] == "stopped; run it again" and states["2"][2].startswith("running, or about to")
         assert trainings["2"][-1] == "0:05:40"
     assert tables(experiment)[0]["2"][2] == "stopped; run it again"
     with open(experiment / ".lock0") as lock:
