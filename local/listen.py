@@ -73,19 +73,19 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="HTML file to write.")
     parser.add_argument("--config", type=Path, help="Distributions, as conf/telephone_channel.yaml.")
     parser.add_argument("--seed", type=int, help="Another seed draws other channels.")
-    args, options = parser.parse_args(), read_options()
-    args.output = args.output or ROOT / options["EXP_OUTPUT"] / "listen/index.html"
-    args.config = args.config or ROOT / options["CHANNEL_CONF"]
-    args.seed = int(options["SEED"]) if args.seed is None else args.seed
-    if not args.input and not options["RAW_16K_DEV"]:
-        corpus = ROOT / options["EXP_OUTPUT"] / "demo/corpus"
-        args.input = corpus / "wideband_dev.jsonl"
-        if not args.input.exists():
-            command = [sys.executable, ROOT / "demo/speak_corpus.py", "--output", corpus, "--seed", options["SEED"]]
-            if code := subprocess.call(command):
-                sys.exit(code)
-    args.input = args.input or ROOT / options["RAW_16K_DEV"]
-    return args
+    return parser.parse_args()
+
+
+def given_corpus(options: dict[str, str]) -> Path:
+    """The experiment's wideband dev corpus; without one, the demo's, which is spoken where it is not there."""
+    if options["RAW_16K_DEV"]:
+        return ROOT / options["RAW_16K_DEV"]
+    corpus = ROOT / options["EXP_OUTPUT"] / "demo/corpus"
+    if not (corpus / "wideband_dev.jsonl").exists():
+        command = [sys.executable, ROOT / "demo/speak_corpus.py", "--output", corpus, "--seed", options["SEED"]]
+        if code := subprocess.call(command):
+            sys.exit(code)
+    return corpus / "wideband_dev.jsonl"
 
 
 def utterances(path: Path) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
@@ -126,7 +126,11 @@ def described(plan: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    args = get_args()
+    args, options = get_args(), read_options()
+    args.input = args.input or given_corpus(options)
+    args.output = args.output or ROOT / options["EXP_OUTPUT"] / "listen/index.html"
+    args.config = args.config or ROOT / options["CHANNEL_CONF"]
+    args.seed = int(options["SEED"]) if args.seed is None else args.seed
     configs = [load_config(args.config, *presets) for _, presets, _ in KINDS]
     voices = list(itertools.islice(utterances(args.input), len(KINDS)))
     if not voices:

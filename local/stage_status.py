@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import glob
 import json
 import os
 import socket
@@ -41,7 +40,7 @@ STAGES = {
 CLOCK = "%Y-%m-%d %H:%M:%S"
 CHOSEN = ("TEXT_STYLE", "FRONTEND_FS")  # options that are chosen at stage 0, and kept by those after it
 RUNNING = ("running", "started on")  # how `show` says so
-KALDI_FILES = ("wav.scp", "text", "segments", "utt2spk")
+KALDI_FILES = ("wav.scp", "text", "segments", "utt2spk", "reco2file_and_channel")
 
 
 def get_args() -> argparse.Namespace:
@@ -66,8 +65,10 @@ def get_args() -> argparse.Namespace:
 def hash_input(path: str) -> str:
     """Hash of a file's content, those of a Kaldi folder's lists, or "absent"."""
     if os.path.isdir(path):
-        names = [*KALDI_FILES, *map(os.path.basename, glob.glob(f"{glob.escape(path)}/reco2file_and_channel"))]
-        return " ".join(f"{name}:{hash_input(os.path.join(path, name))}" for name in names)
+        hashes = {name: hash_input(os.path.join(path, name)) for name in KALDI_FILES}
+        if hashes["reco2file_and_channel"] == "absent":  # or markers from before it was read would not hold
+            del hashes["reco2file_and_channel"]
+        return " ".join(f"{name}:{digest}" for name, digest in hashes.items())
     return file_hash(path) if os.path.isfile(path) else "absent"
 
 

@@ -17,13 +17,11 @@ import os
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
-from common import UserError, file_hash, run, write_json
+from common import ROOT, UserError, file_hash, run, write_json
 from nano.config import effective, read_stage, stage_parser
 
-ROOT = Path(__file__).resolve().parent.parent
 # Batches of all shapes leave the GPU's memory in pieces that fit nothing; torch reads this when it first allocates.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
