@@ -37,7 +37,7 @@ run_stage() {  # NUMBER FUNCTION: the function, unless TITLE's work is done; REA
     for folder in "${FOLDERS[@]}"; do
       if ((code == 4)) && [[ -e $folder ]]; then mv -- "$folder" "$folder.old.$(date +%Y%m%d_%H%M%S)"; fi
     done
-    "${marker[@]}" start "${facts[@]}" --pid $$
+    "${marker[@]}" start "${facts[@]}"
   fi
   mkdir -p "$(dirname "$LOG")"
   printf 'stage %s: %s\n' "$stage" "$TITLE" "$stage" "log in $LOG"

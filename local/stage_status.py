@@ -27,8 +27,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from common import UserError, atomic_write, file_hash, read_jsonl, run, write_json
 from nano.train_log import read_log
 
@@ -39,7 +37,6 @@ STAGES = {
 }
 CLOCK = "%Y-%m-%d %H:%M:%S"
 CHOSEN = ("TEXT_STYLE", "FRONTEND_FS")  # options that are chosen at stage 0, and kept by those after it
-RUNNING = ("running", "started on")  # how `show` says so
 KALDI_FILES = ("wav.scp", "text", "segments", "utt2spk", "reco2file_and_channel")
 
 
@@ -58,7 +55,6 @@ def get_args() -> argparse.Namespace:
     add("--after", nargs="*", type=int, default=[], help="Stages whose work it reads: `check` wants them done.")
     add("--code", type=int, default=0, help="Exit code with which the stage `ended`; over 128, a signal stopped it.")
     add("--log", default="", help="File that says how the stage went.")
-    add("--pid", type=int, default=0, help="Process of the driver, to tell running from stopped.")
     return parser.parse_args()
 
 
@@ -158,11 +154,10 @@ def check(root: str, stage: int, now: dict, force: bool = False, refuse: bool = 
     return NOTHING_TO_DO, f"nothing to do, inputs and options are those of {marker['time']}"
 
 
-def start(root: str, stage: int, now: dict, pid: int) -> None:
+def start(root: str, stage: int, now: dict) -> None:
     """Write down that a stage began, with what it reads."""
-    marker = {"state": "started", "time": time.strftime(CLOCK), "began": time.time(), "pid": pid,
-              "host": socket.gethostname(), **now}
-    write_json(marker_path(root, stage), marker)
+    facts = {"state": "started", "time": time.strftime(CLOCK), "began": time.time(), "host": socket.gethostname()}
+    write_json(marker_path(root, stage), facts | now)
 
 
 def failed(root: str, stage: int, log: str) -> None:
@@ -222,16 +217,6 @@ def error_rates(root: str) -> dict[str, str]:
     return {model: ", ".join(rates) for model, rates in found.items()}
 
 
-def lives(pid: int, began: float) -> bool:
-    """Whether the process that wrote a marker at `began` still runs, and not another one under its number."""
-    try:
-        process = psutil.Process(pid)
-        # Clocks are set now and then; a killed process is a zombie until its parent asks, in some containers for ever.
-        return bool(pid) and process.create_time() < began + 60 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def locked(root: str) -> bool:
     """Whether a run holds the lock of the experiment, or what a killed one left behind does."""
     try:
@@ -250,23 +235,18 @@ def show(root: str) -> str:
     ]
     markers = {stage: read_marker(root, stage) or {"state": "not run", "time": ""} for stage in STAGES}
     trainings, rates, scored = [], error_rates(root), markers[4].get("began", 0)
-    states = {stage: marker["state"] for stage, marker in markers.items()}
-    stopped = []
-    for stage, marker in markers.items():
-        if states[stage] == "failed":
-            states[stage] += f": see {marker['log']}"
-        elif states[stage] == "started" and marker.get("host", socket.gethostname()) != socket.gethostname():
-            states[stage] += f" on {marker['host']}"  # where its process number says nothing
-        elif states[stage] == "started" and lives(marker["pid"], marker["began"]):
-            states[stage] = "running"
-        elif states[stage] == "started":
-            states[stage] = "stopped; run it again"
-            stopped.append((marker["began"], stage))
-    if stopped and not any(state.startswith(RUNNING) for state in states.values()) and locked(root):
-        states[max(stopped)[1]] = "running, or about to: a run, or what is left of one, holds the folder"
+    started = [(marker["began"], stage) for stage, marker in markers.items() if marker["state"] == "started"]
+    at_work = max(started)[1] if started and locked(root) else None
     for stage, what in STAGES.items():
-        marker, state = markers[stage], states[stage]
-        running = state.startswith(RUNNING)
+        marker, state = markers[stage], markers[stage]["state"]
+        elsewhere = marker.get("host", socket.gethostname()) != socket.gethostname()  # whose lock may not be seen here
+        running = state == "started" and (elsewhere or stage == at_work)
+        if running:
+            state = f"started on {marker['host']}" if elsewhere else "running"
+        elif state == "started":
+            state = "stopped; run it again"
+        elif state == "failed":
+            state = f"failed: see {marker['log']}"
         models = ("base", "final") if stage == 4 else (f"stage{stage}",)
         # A stage that was begun again after its model was scored has no rates yet.
         models = models if marker.get("began", 0) <= scored else ()
@@ -306,7 +286,7 @@ def main() -> None:
         return
     now = fingerprint(args.inputs, args.config)
     if args.action == "start":
-        start(args.output_root, args.stage, now, args.pid)
+        start(args.output_root, args.stage, now)
         return
     check_parents(args.output_root, args.stage, args.after, now["inputs"])
     code, reason = check(args.output_root, args.stage, now, args.force == "true", args.on_change == "refuse")
