@@ -90,14 +90,7 @@ def read_hotwords(given: str) -> list[str]:
 
 def read_channels(path: Path) -> list[tuple[np.ndarray, int]]:
     """Samples and rate of every channel; the loudest for a mono call that was recorded on all."""
-    channels = [audio.read(path, channel=0)]
-    while True:
-        try:
-            channels.append(audio.read(path, channel=len(channels)))
-        except audio.AudioError as error:
-            if error.reason != "channel_missing":
-                raise
-            break
+    channels = [audio.read(path, channel) for channel in range(audio.channels(str(path)))]
     if all(is_same(channels[0][0], *other) for other in channels[1:]):
         return [max(channels, key=lambda channel: np.vdot(channel[0], channel[0]))]
     return channels
