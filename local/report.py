@@ -134,20 +134,18 @@ def stages(exp_output: Path, missing: list[str]) -> list[dict[str, Any]]:
 def loss_curve(curves: dict[str, list[tuple[int, float]]]) -> str:
     """Losses by step as an SVG data URI."""
     import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     # The same numbers give the same bytes; letters stay letters, in the reader's font.
-    with pyplot.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
-        figure, axes = pyplot.subplots(figsize=(4.6, 3.0))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}):
+        figure = Figure(figsize=(4.6, 3.0))
+        axes = figure.subplots()
         for name, points in curves.items():
             axes.plot([step for step, _ in points], [loss for _, loss in points], label=name)
         axes.set(xlabel="step", ylabel="loss (mean of the epoch so far)")
         axes.legend()
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-        pyplot.close(figure)
     return data_uri("image/svg+xml", buffer)
 
 
