@@ -142,22 +142,21 @@ def keyword_counts(texts: Sequence[str], keywords: dict[str, re.Pattern]) -> np.
 
 
 def bootstrap(
-    clusters: Sequence[str], errors: np.ndarray, lengths: np.ndarray, resamples: int = 2000, seed: int = 0
+    clusters: Sequence[str], errors: np.ndarray, lengths: np.ndarray, resamples: int = 2000
 ) -> tuple[float | None, float | None]:
     """95 % interval of sum(errors) / sum(lengths), resampling whole clusters. (None, None) for less than two."""
-    result = _resample(clusters, errors, lengths, resamples, seed)
+    result = _resample(clusters, errors, lengths, resamples)
     return tuple(map(float, result.confidence_interval)) if result else (None, None)
 
 
 def paired_p_value(
-    clusters: Sequence[str], errors: np.ndarray, base_errors: np.ndarray, lengths: np.ndarray,
-    resamples: int = 2000, seed: int = 0,
+    clusters: Sequence[str], errors: np.ndarray, base_errors: np.ndarray, lengths: np.ndarray, resamples: int = 2000
 ) -> float | None:
     """Two-sided p-value of a difference in rate between two models on the same utterances, by bootstrap.
 
     It is below 0.05 where 0 is outside the interval that `bootstrap` gives of the difference: widened alike.
     """
-    result = _resample(clusters, errors - base_errors, lengths, resamples, seed)
+    result = _resample(clusters, errors - base_errors, lengths, resamples)
     if result is None:
         return None
     drawn, n = result.bootstrap_distribution, len(set(clusters))
@@ -165,7 +164,7 @@ def paired_p_value(
     return float(2 * stats.t.cdf(stats.norm.ppf(tail) * np.sqrt((n - 1) / n), n - 1))
 
 
-def _resample(clusters: Sequence[str], values: np.ndarray, lengths: np.ndarray, resamples: int, seed: int):
+def _resample(clusters: Sequence[str], values: np.ndarray, lengths: np.ndarray, resamples: int):
     # Utterances of the same call or speaker are not independent of each other: the sums over them are drawn.
     _, cluster = np.unique(np.asarray(clusters), return_inverse=True)
     values, lengths = np.bincount(cluster, weights=values), np.bincount(cluster, weights=lengths)
@@ -182,7 +181,7 @@ def _resample(clusters: Sequence[str], values: np.ndarray, lengths: np.ndarray, 
     level = 1 - 2 * stats.norm.cdf(stats.t.ppf(0.025, n - 1) * np.sqrt(n / (n - 1)))
     return stats.bootstrap(
         (values, lengths), ratio, paired=True, vectorized=True, method="percentile", confidence_level=level,
-        n_resamples=resamples, batch=max(1, 5_000_000 // n), rng=np.random.default_rng(seed),
+        n_resamples=resamples, batch=max(1, 5_000_000 // n), rng=np.random.default_rng(0),
     )
 
 
