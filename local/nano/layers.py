@@ -37,7 +37,7 @@ def attend(layer: torch.nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Te
     """
     if isinstance(mask, list):
         return attend_each(layer, q, k, v, *mask)
-    keep = None if mask is None else mask.unsqueeze(1) != 0
+    keep = mask.unsqueeze(1) != 0
     dropout = layer.dropout.p if layer.training else 0.0
     heads = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, dropout_p=dropout)
     return layer.linear_out(heads.transpose(1, 2).flatten(2))

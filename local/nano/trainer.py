@@ -2,8 +2,8 @@
 
 Set as `funasr.bin.train_ds.Trainer` by local/train.py. What differs from funasr/train_utils/trainer_ds.py (1.4.16):
   * `device` is "cpu" where there is no GPU; upstream's main() sets it to a GPU number;
-  * a checkpoint is written once, under a temporary name, then linked to its other names; upstream writes it up to
-    three times in place, and a torn model.pt is a traceback at every later start;
+  * a checkpoint is written once, under a temporary name, then linked to model.pt; upstream writes it up to three times
+    in place, and a torn model.pt is a traceback at every later start;
   * a checkpoint inside an epoch counts its steps from the epoch's start, so a second resume repeats no data;
   * the loss of an epoch is that of all its steps, those before a resume too; its last step is logged;
   * the dataset is told the epoch before its workers start: a channel drawn online depends on it;
@@ -32,8 +32,8 @@ from common import UserError, write_json
 from nano import weights
 from nano.batch_size import fit
 
-RANKING = ("saved_ckpts", "val_acc_step_or_epoch", "val_loss_step_or_epoch", "best_step_or_epoch",
-           "avg_keep_nbest_models_type", "batch_total")  # fmt: skip
+RANKING = ("saved_ckpts", "val_acc_step_or_epoch", "val_loss_step_or_epoch", "avg_keep_nbest_models_type",
+           "batch_total")  # fmt: skip
 OURS = ("best_val_loss", "epochs_no_improve", "rows_used", "batch_tokens")  # what upstream's checkpoint does not have
 BESIDE = "ours.pt"  # which has it in a checkpoint of DeepSpeed, a folder
 
@@ -223,9 +223,11 @@ class Trainer(stock.Trainer):
                 **{field: getattr(self, field) for field in RANKING},
             } | ({"scaler_state": scaler.state_dict()} if scaler else {})
             weights.save_atomically(state, self.folder / name)
-            # model.pt last: a resume goes by it.
-            for link in ["model.pt.best"] * (self.best_step_or_epoch == name) + ["model.pt"]:
-                link_atomically(self.folder / name, self.folder / link)
+            # model.pt, by which a resume goes, is a second name of the newest.
+            link = self.folder / ".model.pt.link"
+            link.unlink(missing_ok=True)
+            os.link(self.folder / name, link)
+            os.replace(link, self.folder / "model.pt")
             for old in discard:
                 (self.folder / old).unlink(missing_ok=True)
             logging.info("Checkpoint saved to %s", self.folder / name)
@@ -240,15 +242,12 @@ class Trainer(stock.Trainer):
         loss_ranks = self.avg_keep_nbest_models_type == "loss"
         scores = self.val_loss_step_or_epoch if loss_ranks else self.val_acc_step_or_epoch
         keep = {saved: scores[saved] for saved in [*self.saved_ckpts, name] if saved in scores}
-        order = sorted(keep, key=keep.get, reverse=not loss_ranks)
-        if order:
-            self.best_step_or_epoch = order[0]
-        kept = order[: self.keep_nbest_models]
+        kept = sorted(keep, key=keep.get, reverse=not loss_ranks)[: self.keep_nbest_models]
         self.saved_ckpts = {saved: keep[saved] for saved in kept}
         on_disk = {path.name for path in self.folder.glob("model.pt.ep*")}
         return sorted(on_disk - set(kept) - {name})
 
-    def close(self, writer: Any = None) -> None:
+    def close(self) -> None:
         """Average the best checkpoints into averaged.pt, then close upstream's way."""
         if self.rank == 0:
             best = sorted(self.saved_ckpts, key=self.saved_ckpts.get, reverse=self.avg_keep_nbest_models_type != "loss")
@@ -264,15 +263,7 @@ class Trainer(stock.Trainer):
             # waits for that thread to end: seen to hang at the end of a training on two processes.
             stock.dist.barrier()
             time.sleep(1)
-        super().close(writer or self.writer)  # upstream's main() gives none, and the last curves wait in memory
-
-
-def link_atomically(path: Path, link: Path) -> None:
-    """Give a finished file a second name, replacing what had it."""
-    temporary = link.with_name(f".{link.name}.link")
-    temporary.unlink(missing_ok=True)
-    os.link(path, temporary)
-    os.replace(temporary, link)
+        super().close(self.writer)  # upstream's main() gives none, and the last curves wait in memory
 
 
 def count_parameters(model: torch.nn.Module) -> dict[str, dict[str, int]]:
