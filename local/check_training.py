@@ -140,10 +140,7 @@ def check_rate(model: torch.nn.Module, checkpoint: Path, fs: int) -> None:
 
 
 def check_rows(path: Path, dataset: dict[str, Any], fs: int) -> tuple[int, int]:
-    """FunASR would use every row of the list, its audio is there, mono, at `fs`; return its longest's and all frames.
-
-    Every file's header is read, here alone: `validate` opens a sample, and of the others sees that they exist.
-    """
+    """FunASR would use every row, its audio is there, mono, at `fs`; return the longest's frames and all frames."""
     least, most = dataset.get("min_source_length", 10), dataset.get("max_source_length", 8000)
     text_most, both_most = dataset.get("max_target_length", 2048), dataset.get("max_token_length") or 2048
     keys, longest, frames = set(), 0, 0
