@@ -80,7 +80,7 @@ def download(model: str) -> Path:
             from huggingface_hub import snapshot_download
         try:
             return Path(snapshot_download(model)).resolve()
-        except (OSError, ValueError) as error:  # what both clients' errors for network, id and access derive from
+        except Exception as error:  # of network, id, access or a hub that is busy: each client has its own
             failures.append(f"{hub}: {str(error).splitlines()[0][:200]}")
     name = model.split("/")[1]
     cache = Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser() / "models" / model

@@ -1,10 +1,12 @@
 """Stage -1 finds the model wherever a hub's client has put it, and refuses a folder that lacks anything."""
 
+import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -146,6 +148,33 @@ def test_without_a_network_one_line_says_what_to_do_elsewhere(no_hub):
     assert f"modelscope download --model {MODEL}" in done.stderr
     assert str(no_hub / "home/.cache/modelscope/models" / MODEL) in done.stderr
     assert not (no_hub / "out").exists()
+
+
+@pytest.mark.parametrize("status", [404, 500])
+def test_a_hub_that_refuses_is_one_line_and_the_other_is_asked(no_hub, monkeypatch, status):
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for name in ("MODELSCOPE_ENDPOINT", "HF_ENDPOINT"):
+            monkeypatch.setenv(name, url)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        code = (f"import sys; sys.argv[1:] = ['--model', '{MODEL}', '--output', '{no_hub / 'out'}']; "
+                f"import download_model, common; download_model.HUBS = dict.fromkeys(download_model.HUBS, '{url}'); "
+                "common.run(download_model.main)")
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=HELPER.parent, capture_output=True, text=True, check=False)
+        server.shutdown()
+    error = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert error.startswith(f"error: {MODEL}") and error.count(str(status)) >= 2, done.stderr
 
 
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c"])
