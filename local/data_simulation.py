@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 r"""Send 16 kHz speech through simulated telephone calls: one channel per utterance, written as FLAC.
 
     python local/data_simulation.py --input raw_train.jsonl --output simulated_train.jsonl \
@@ -12,8 +11,6 @@ workers, a resume after a crash or a Dask cluster give the same bytes. Run it ag
 With --online no call is written: training draws a fresh one per epoch, by the settings in channel_<output's stem>.json,
 and only audio that is not mono at --output_fs already is written, cut and resampled.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib

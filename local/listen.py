@@ -8,8 +8,6 @@ Every row is another utterance. Its channel is drawn as stage 0 draws it, from (
 names is put in, and the line below says what else there was, by the names of the YAML. The page needs no network.
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import contextlib

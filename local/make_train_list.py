@@ -9,8 +9,6 @@ repeat, under keys key#2, key#3. Choice and order are a function of (seed, key).
 The dev list holds telephone speech only: it ranks checkpoints by what is to be recognised.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import heapq

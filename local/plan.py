@@ -7,8 +7,6 @@ Parameters, batches and memory come from the model folder of stage -1, times fro
 EXP_OUTPUT. What is not known yet is said to be so, with the command that makes it known.
 """
 
-from __future__ import annotations
-
 import argparse
 import heapq
 import json

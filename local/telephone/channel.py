@@ -10,8 +10,6 @@ limiter, hop 1 with packet loss, hop 2, line noise, hum, echo, G.711, recorder, 
     call = apply(plan, samples, 16000, 16000, "utt1", pool)
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

@@ -8,8 +8,6 @@ conceals them; the other codecs' losses are concealed on decoded speech (packet_
     decoded = CODECS["amr_nb"].code(pcm, kbps=12.2, lost=lost)
 """
 
-from __future__ import annotations
-
 import functools
 import io
 from collections.abc import Callable

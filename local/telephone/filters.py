@@ -7,8 +7,6 @@ the mobile high-pass). Their delay is taken out again, so that transcripts stay 
     samples = send(samples, 8000, "irs", peaks=[[2100, 4]])
 """
 
-from __future__ import annotations
-
 import functools
 import math
 

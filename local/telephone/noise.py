@@ -7,8 +7,6 @@ in any other sense. Speech is measured while it is active (ITU-T P.56, method B)
     gain = db_to_gain(-26 - active_level(speech))
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import os

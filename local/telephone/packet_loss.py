@@ -8,8 +8,6 @@ second 10 ms on, and cross-fade over a quarter of a pitch period at every join. 
     samples = conceal(samples, lost, PACKET)
 """
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 

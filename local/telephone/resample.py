@@ -7,8 +7,6 @@ soxr HQ, zero delay, the stop band below 16-bit rounding noise.
     samples = resample(samples, 8000, 16000)
 """
 
-from __future__ import annotations
-
 import numpy as np
 import soxr
 
