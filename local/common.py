@@ -122,14 +122,11 @@ def read_jsonl(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def write_jsonl(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> int:
-    """Write rows as JSON lines, atomically; return how many."""
-    count = 0
+def write_jsonl(path: str | os.PathLike, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON lines, atomically."""
     with atomic_write(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            count += 1
-    return count
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

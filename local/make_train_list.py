@@ -35,9 +35,9 @@ def pack(row: dict[str, Any]) -> Row:
     return row["key"], json.dumps(row)
 
 
-def write(path: Path, rows: Iterable[Row]) -> int:
-    """Write rows under their keys, which may not be those they were read with; return how many."""
-    return write_jsonl(path, (json.loads(line) | {"key": key} for key, line in rows))
+def write(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows under their keys, which may not be those they were read with."""
+    write_jsonl(path, (json.loads(line) | {"key": key} for key, line in rows))
 
 
 def place(row: Row, seed: int) -> float:
@@ -126,7 +126,8 @@ def main() -> None:
                         len(lengths) - len(fit), len(lengths), SHORTEST, args.max_speech_length)  # fmt: skip
     if not fit:
         raise UserError("the dev list is empty: no checkpoint could be chosen; see rejected_dev.jsonl of stage 0")
-    logging.info("stage %d: %d rows to train on, %d for dev", args.stage, write(args.output, rows), len(fit))
+    logging.info("stage %d: %d rows to train on, %d for dev", args.stage, len(rows), len(fit))
+    write(args.output, rows)
     write(args.valid_output, number_repeats(fit))
 
 
