@@ -29,18 +29,7 @@ from typing import Any
 import numpy as np
 
 import audio
-from common import (
-    UserError,
-    atomic_write,
-    batches,
-    file_hash,
-    file_stamp,
-    parallel,
-    progress,
-    run,
-    write_json,
-    write_jsonl,
-)
+from common import UserError, batches, file_hash, file_stamp, parallel, progress, run, write_json, write_jsonl
 from corpus import Entry, check_row, count_rows, hash_share, open_ledger, read_rows, segment, unique
 from telephone import filters, noise
 from telephone.channel import apply, draw, load_config
@@ -153,8 +142,7 @@ def simulate_part(job: Job, numbered: tuple[int, list[Entry]]) -> str:
                 entry = Entry(entry.given, None, error.reason, str(error))
         done.append(entry)
     sizes = [file_stamp(entry.row["source"])[0] for entry in done if entry.row]
-    with atomic_write(part) as file:  # json.dump is many times slower
-        file.write(json.dumps({"identity": identity, "entries": done, "sizes": sizes}, ensure_ascii=False))
+    write_jsonl(part, [{"identity": identity, "entries": done, "sizes": sizes}])
     return str(part)
 
 
