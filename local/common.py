@@ -1,5 +1,6 @@
 """What every helper needs: errors a user can act on, JSON lines, atomic files, progress, workers."""
 
+import argparse
 import contextlib
 import errno
 import functools
@@ -61,6 +62,17 @@ def run(main: Callable[[], None]) -> None:
         return
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def between(low: float, high: float) -> Callable[[str], float]:
+    """A type of argparse: a number from `low` to `high`."""
+
+    def number(text: str) -> float:
+        if not low <= float(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return float(text)
+
+    return number
 
 
 @contextlib.contextmanager

@@ -15,12 +15,13 @@ import heapq
 import itertools
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common import UserError, read_jsonl, run, write_jsonl
+from common import UserError, between, read_jsonl, run, write_jsonl
 from corpus import hash_share
 
 SHORTEST = 10  # frames: FunASR's min_source_length
@@ -89,10 +90,11 @@ def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=(1, 2, 3), required=True, help="Stage the list is for.")
     parser.add_argument("--data_dir", type=Path, required=True, help="What stage 0 wrote: CORPUS/*_formatted.jsonl.")
-    parser.add_argument("--real_share", type=float, default=0.1, help="Stages 1, 2: real rows per simulated row.")
-    parser.add_argument("--wideband_replay", type=float, default=0.1, help="Wideband rows per row of the main source.")
-    parser.add_argument("--no_speech_share", type=float, default=0.02, help="Calls without speech per such row.")
-    parser.add_argument("--simulated_share", type=float, default=0.3, help="Stage 3: simulated rows per real row.")
+    share = between(0, math.inf)
+    parser.add_argument("--real_share", type=share, default=0.1, help="Stages 1, 2: real rows per simulated row.")
+    parser.add_argument("--wideband_replay", type=share, default=0.1, help="Wideband rows per row of the main source.")
+    parser.add_argument("--no_speech_share", type=share, default=0.02, help="Calls without speech per such row.")
+    parser.add_argument("--simulated_share", type=share, default=0.3, help="Stage 3: simulated rows per real row.")
     parser.add_argument("--max_speech_length", type=int, default=12000, help="Longest dev row, frames of 10 ms.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the choice and the order.")
     parser.add_argument("--output", type=Path, required=True, help="Train list to write.")
@@ -102,9 +104,6 @@ def get_args() -> argparse.Namespace:
 
 def main() -> None:
     args = get_args()
-    for name in ("real_share", "wideband_replay", "no_speech_share", "simulated_share"):
-        if getattr(args, name) < 0:
-            raise UserError(f"--{name} {getattr(args, name)}: a share is 0 or more", code=2)
 
     def path(corpus: str, split: str = "train") -> Path:
         return args.data_dir / corpus / f"{split}_formatted.jsonl"

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import audio
 import corpus
-from common import NO_SPEECH, UserError, atomic_write, batches, file_hash, parallel, progress, run, write_jsonl
+from common import NO_SPEECH, UserError, atomic_write, batches, between, file_hash, parallel, progress, run, write_jsonl
 from corpus import Entry
 from corpus_filter import filter_corpus
 from stage0_report import stats, validate
@@ -138,17 +138,6 @@ def text_lengths(folder: str | None) -> Callable[[list[str]], list[int]]:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return lambda texts: [len(row.ids) for row in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-def between(low: float, high: float) -> Callable[[str], float]:
-    """A type of argparse: a number from `low` to `high`."""
-
-    def number(text: str) -> float:
-        if not low <= float(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
-        return float(text)
-
-    return number
 
 
 def get_args(argv: list[str] | None = None) -> argparse.Namespace:
