@@ -25,7 +25,7 @@ UNKNOWN_LENGTH = 1 << 40  # libsndfile's frame count of a streamed FLAC, whose h
 
 
 class AudioError(Exception):
-    """Audio that cannot be used; `reason` is a reason code of rejected.jsonl, the text says more."""
+    """Audio, or a row, that cannot be used; `reason` is a reason code of rejected.jsonl, the text says more."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(detail)

@@ -16,7 +16,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -104,6 +104,14 @@ def segment(row: dict[str, Any]) -> dict[str, Any]:
     """The part of its recording that a row means, as audio.read takes it: channel, start and end where given."""
     # A simulated row's channel is a record of what was done to it, not an index.
     return {name: row[name] for name in ("channel", "start", "end") if isinstance(row.get(name), (int, float))}
+
+
+def on_row(work: Callable[[dict[str, Any]], dict[str, Any]], entry: Entry) -> Entry:
+    """The entry with what `work` makes of its row, or rejected for the AudioError that it raises."""
+    try:
+        return entry._replace(row=work(entry.row)) if entry.row else entry
+    except audio.AudioError as error:
+        return Entry(entry.given, None, error.reason, str(error))
 
 
 def unique(entries: Iterable[Entry]) -> Iterator[Entry]:

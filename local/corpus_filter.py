@@ -24,7 +24,7 @@ import yaml
 
 import audio
 from common import UserError, parallel, progress
-from corpus import Entry, count_rows, filtered_rows, open_ledger, read_rows, segment, unique
+from corpus import Entry, count_rows, filtered_rows, on_row, open_ledger, read_rows, segment, unique
 
 CJK = "々〇\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff\U00020000-\U0003134f"
 WIDE = CJK + "\u3001\u3002，！？：；（）《》「」『』【】…"
@@ -121,7 +121,7 @@ def filter_corpus(args: argparse.Namespace) -> None:
     rules, total = TextRules.load(args.conf), count_rows(args.input)
     others = read_others(args.against, args.against_audio)
     settings = {"rules": rules, "check_text": args.filter_annotation_error == "true", "offered": args.expect_band}
-    work = functools.partial(inspect, limits=train_limits(args, rules, total), **settings)
+    work = functools.partial(on_row, functools.partial(inspect, limits=train_limits(args, rules, total), **settings))
     heard, wrong, mixed = set[str](), 0, 0
     with open_ledger(args.output, args.max_reject_ratio) as ledger:
         inspected = parallel(work, unique(read_rows(args.input)), args.num_workers, args.dask_scheduler)
@@ -161,23 +161,18 @@ def train_limits(args: argparse.Namespace, rules: TextRules, total: int) -> dict
 
 
 def inspect(
-    entry: Entry, rules: TextRules, check_text: bool, limits: dict[str, float], offered: str | None
-) -> Entry:
+    row: dict[str, Any], rules: TextRules, check_text: bool, limits: dict[str, float], offered: str | None
+) -> dict[str, Any]:
     """Judge one utterance by its text and its samples (in a worker); its row gets seconds, band and audio_hash."""
-    if entry.row is None:
-        return entry
-    raw = entry.row["target"]
+    raw, cut = row["target"], segment(row)
     if check_text and (broken := rules.reason(raw)):
-        return Entry(entry.given, None, broken[0], f"{broken[1]}: {raw[:100]!r}")
-    try:
-        if "max_speech_length" in limits:  # by the header: an hour of speech is not decoded to be dropped
-            samples, rate, _ = audio.length(entry.row["source"], **segment(entry.row))
-            longest = {"max_speech_length": limits["max_speech_length"]}
-            if problem := over_limit({"frames": samples * 100 // rate}, longest):
-                return Entry(entry.given, None, *problem)
-        x, rate = audio.read(entry.row["source"], **segment(entry.row))
-    except audio.AudioError as error:
-        return Entry(entry.given, None, error.reason, str(error))
+        raise audio.AudioError(broken[0], f"{broken[1]}: {raw[:100]!r}")
+    if "max_speech_length" in limits:  # by the header: an hour of speech is not decoded to be dropped
+        samples, rate, _ = audio.length(row["source"], **cut)
+        longest = {"max_speech_length": limits["max_speech_length"]}
+        if problem := over_limit({"frames": samples * 100 // rate}, longest):
+            raise audio.AudioError(*problem)
+    x, rate = audio.read(row["source"], **cut)
     text = rules.normalise(raw)
     facts = {
         "frames": len(x) * 100 // rate,
@@ -186,13 +181,13 @@ def inspect(
         "clipped": float(np.mean(np.abs(x) >= 0.98)),  # full scale of mu-law is 0.9803, of A-law 0.984
     }
     if problem := over_limit(facts, limits):
-        return Entry(entry.given, None, *problem)
-    row = {"raw_target": raw} | entry.row | {"target": text, "seconds": round(len(x) / rate, 3)}
+        raise audio.AudioError(*problem)
+    row = {"raw_target": raw} | row | {"target": text, "seconds": round(len(x) / rate, 3)}
     row["audio_hash"] = hashlib.sha256(x.tobytes()).hexdigest()[:16]
     row["band"] = "telephone" if audio.is_narrow_band(x, rate) else "wideband"
     if "channel" not in row and (channels := audio.channels(row["source"])) > 1:
         row["channels"] = channels  # which were mixed
-    return Entry(entry.given, row | ({"offered": offered} if offered else {}))
+    return row | ({"offered": offered} if offered else {})
 
 
 def over_limit(facts: dict[str, float], limits: dict[str, float]) -> tuple[str, str] | None:

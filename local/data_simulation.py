@@ -30,7 +30,7 @@ import numpy as np
 
 import audio
 from common import UserError, batches, file_hash, file_stamp, parallel, progress, run, write_json, write_jsonl
-from corpus import Entry, check_row, count_rows, hash_share, open_ledger, read_rows, segment, unique
+from corpus import Entry, check_row, count_rows, hash_share, on_row, open_ledger, read_rows, segment, unique
 from telephone import filters, noise
 from telephone.channel import apply, draw, load_config
 from telephone.resample import resample
@@ -133,14 +133,7 @@ def simulate_part(job: Job, numbered: tuple[int, list[Entry]]) -> str:
         if same and done["sizes"] == [file_stamp(row["source"])[0] for _, row, *_ in done["entries"] if row]:
             return str(part)
         part.unlink()
-    done = []
-    for entry in entries:
-        if entry.row:
-            try:
-                entry = Entry(None, simulate_row(entry.row, job))
-            except audio.AudioError as error:
-                entry = Entry(entry.given, None, error.reason, str(error))
-        done.append(entry)
+    done = [on_row(functools.partial(simulate_row, job=job), entry) for entry in entries]
     sizes = [file_stamp(entry.row["source"])[0] for entry in done if entry.row]
     write_jsonl(part, [{"identity": identity, "entries": done, "sizes": sizes}])
     return str(part)

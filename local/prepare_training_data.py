@@ -18,11 +18,11 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import audio
 import corpus
 from common import NO_SPEECH, UserError, atomic_write, batches, between, file_hash, parallel, progress, run, write_jsonl
-from corpus import Entry
 from corpus_filter import filter_corpus
 from stage0_report import stats, validate
 from telephone.resample import resample
@@ -76,7 +76,8 @@ def convert(args: argparse.Namespace) -> None:
         with atomic_write(marker) as file:
             file.write(fingerprint)
     count, silent = text_lengths(args.tokenizer), 0
-    work = functools.partial(format_entry, folder=folder, since=marker.stat().st_mtime, args=args)
+    work = functools.partial(format_row, folder=folder, since=marker.stat().st_mtime, args=args)
+    work = functools.partial(corpus.on_row, work)
     with corpus.open_ledger(args.output, args.max_reject_ratio) as ledger:
         done = parallel(work, corpus.unique(corpus.read_rows(args.input)), args.num_workers, args.dask_scheduler)
         for batch in batches(progress(done, corpus.count_rows(args.input), "convert"), 1000):
@@ -89,30 +90,24 @@ def convert(args: argparse.Namespace) -> None:
         logging.info("%s: %d rows have no text: nobody speaks in them", args.output, silent)
 
 
-def format_entry(entry: Entry, folder: Path, since: float, args: argparse.Namespace) -> Entry:
+def format_row(row: dict[str, Any], folder: Path, since: float, args: argparse.Namespace) -> dict[str, Any]:
     """Bring one utterance into the form of FunASR-Nano's dataset (in a worker), its audio mono at --output_fs.
 
     A file that is so already is referred to, others are written; one newer than `since` and its source is kept.
     """
-    row, fs = entry.row, args.output_fs
-    if row is None:
-        return entry
-    path, cut = row["source"], corpus.segment(row)
-    try:
-        samples, rate, plain = audio.length(path, **cut)
-        if rate < fs and not args.do_upsample:
-            raise audio.AudioError("sampling_rate", f"{rate} Hz, {fs} wanted; --do_upsample raises it: {path}")
-        # "<|" would end the prompt's audio token, and FunASR finds no token that goes on in another line.
-        if not plain or rate != fs or "<|" in path or "\n" in path:
-            path = os.path.abspath(folder / audio.file_name(row["key"], f".{args.audio_format}"))
-            if not os.path.exists(path) or os.stat(path).st_mtime < max(since, os.stat(row["source"]).st_mtime):
-                x, rate = audio.read(row["source"], **cut)
-                audio.write(path, resample(x, rate, fs), fs)
-            samples = audio.length(path).samples
-        if samples * 40 < fs:  # FunASR makes its window shorter then, and fails where too few bins are left for 80 mels
-            raise audio.AudioError("too_short", f"{samples} samples at {fs} Hz are no window of 25 ms")
-    except audio.AudioError as error:
-        return Entry(entry.given, None, error.reason, str(error))
+    path, cut, fs = row["source"], corpus.segment(row), args.output_fs
+    samples, rate, plain = audio.length(path, **cut)
+    if rate < fs and not args.do_upsample:
+        raise audio.AudioError("sampling_rate", f"{rate} Hz, {fs} wanted; --do_upsample raises it: {path}")
+    # "<|" would end the prompt's audio token, and FunASR finds no token that goes on in another line.
+    if not plain or rate != fs or "<|" in path or "\n" in path:
+        path = os.path.abspath(folder / audio.file_name(row["key"], f".{args.audio_format}"))
+        if not os.path.exists(path) or os.stat(path).st_mtime < max(since, os.stat(row["source"]).st_mtime):
+            x, rate = audio.read(row["source"], **cut)
+            audio.write(path, resample(x, rate, fs), fs)
+        samples = audio.length(path).samples
+    if samples * 40 < fs:  # FunASR makes its window shorter then, and fails where too few bins are left for 80 mels
+        raise audio.AudioError("too_short", f"{samples} samples at {fs} Hz are no window of 25 ms")
     messages = [
         {"role": "system", "content": "You are a helpful assistant."},
         {"role": "user", "content": f"{PROMPTS[args.text_style]}<|startofspeech|>!{path}<|endofspeech|>"},
@@ -120,7 +115,7 @@ def format_entry(entry: Entry, folder: Path, since: float, args: argparse.Namesp
     ]
     lengths = {"speech_length": samples * 100 // fs, "text_length": None}  # counted where the tokenizer is
     carried = {name: row[name] for name in ("channel", *corpus.OPTIONAL) if name in row and name not in cut}
-    return Entry(entry.given, {"key": row["key"], "messages": messages} | lengths | carried)
+    return {"key": row["key"], "messages": messages} | lengths | carried
 
 
 def text_lengths(folder: str | None) -> Callable[[list[str]], list[int]]:

@@ -15,11 +15,11 @@ import yaml
 
 import audio
 from common import write_jsonl
-from corpus import OPTIONAL, Entry
+from corpus import OPTIONAL
 from corpus_filter import LIMITS
 from mini import ALPHABET, QUICK, STAGES, make_model
 from nano.config import ACCEPTED
-from prepare_training_data import format_entry, get_args
+from prepare_training_data import format_row, get_args
 from telephone.channel import apply, draw, load_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,7 +130,7 @@ def test_the_specification_has_every_field_of_a_formatted_row(tmp_path):
     audio.write(tmp_path / "a.wav", np.zeros(1600), 16000)
     row = dict.fromkeys(OPTIONAL, "x") | {"key": "k", "source": str(tmp_path / "a.wav"), "target": "好", "channel": {}}
     args = get_args(["convert", "--input", "in.jsonl", "--output", "out.jsonl"])
-    assert column(text, "field") == format_entry(Entry(row, row), tmp_path, 0.0, args).row.keys()
+    assert column(text, "field") == format_row(row, tmp_path, 0.0, args).keys()
 
 
 def test_the_specification_has_every_field_of_a_simulated_rows_channel():
