@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 import audio
-from common import UserError, batches, file_hash, file_stamp, parallel, progress, run, write_json, write_jsonl
+from common import UserError, batches, between, file_hash, file_stamp, parallel, progress, run, write_json, write_jsonl
 from corpus import Entry, check_row, count_rows, hash_share, on_row, open_ledger, read_rows, segment, unique
 from telephone import filters, noise
 from telephone.channel import apply, draw, load_config
@@ -62,19 +62,17 @@ def get_args(command: list[str] | None = None) -> argparse.Namespace:
     add("--no_noise", action="store_true", help="No background noise, line noise, hum or echo.")
     add("--no_codec", action="store_true", help="No codec and no packet loss.")
     add("--no_speech_probe", type=int, metavar="N", help="Write N calls without speech instead of reading --input.")
-    add("--max_reject_ratio", type=float, default=0.05, help="Fail when more than this share of the rows is bad.")
+    add("--max_reject_ratio", type=between(0, 1), default=0.05, help="Exit 1 when a larger share is rejected.")
     add("--online", action="store_true", help="Leave the channel to training (ONLINE_CHANNEL=1).")
     add("--seed", type=int, default=0, help="Another seed draws other channels.")
     add("--epoch", type=int, help="Draw the channels that training with --online draws in this epoch.")
     add("--num_workers", type=int, default=1, help="Local processes.")
     add("--dask_scheduler", help="Use the Dask cluster of this scheduler, tcp://host:port, instead.")
     args = parser.parse_args(command)
-    if (args.input is None) == (not args.no_speech_probe):
+    if (args.input is None) != ((args.no_speech_probe or 0) > 0):
         parser.error("give --input, or --no_speech_probe N")
     if args.online and (args.output_fs != 16000 or args.no_speech_probe or args.epoch is not None):
         parser.error("--online is for 16 kHz training rows; no --no_speech_probe, --epoch or other --output_fs with it")
-    if not 0 <= args.max_reject_ratio <= 1 or args.num_workers < 1 or (args.no_speech_probe or 1) < 1:
-        parser.error("--max_reject_ratio is from 0 to 1, --num_workers and --no_speech_probe at least 1")
     return args
 
 
