@@ -142,7 +142,7 @@ def keyword_counts(texts: Sequence[str], keywords: dict[str, re.Pattern]) -> np.
 
 
 def bootstrap(
-    clusters: Sequence[str], errors: np.ndarray, lengths: np.ndarray, resamples: int = 2000
+    clusters: Sequence[Any], errors: np.ndarray, lengths: np.ndarray, resamples: int = 2000
 ) -> tuple[float | None, float | None]:
     """95 % interval of sum(errors) / sum(lengths), resampling whole clusters. (None, None) for less than two."""
     result = _resample(clusters, errors, lengths, resamples)
@@ -150,7 +150,7 @@ def bootstrap(
 
 
 def paired_p_value(
-    clusters: Sequence[str], errors: np.ndarray, base_errors: np.ndarray, lengths: np.ndarray, resamples: int = 2000
+    clusters: Sequence[Any], errors: np.ndarray, base_errors: np.ndarray, lengths: np.ndarray, resamples: int = 2000
 ) -> float | None:
     """Two-sided p-value of a difference in rate between two models on the same utterances, by bootstrap.
 
@@ -164,7 +164,7 @@ def paired_p_value(
     return float(2 * stats.t.cdf(stats.norm.ppf(tail) * np.sqrt((n - 1) / n), n - 1))
 
 
-def _resample(clusters: Sequence[str], values: np.ndarray, lengths: np.ndarray, resamples: int):
+def _resample(clusters: Sequence[Any], values: np.ndarray, lengths: np.ndarray, resamples: int):
     # Utterances of the same call or speaker are not independent of each other: the sums over them are drawn.
     _, cluster = np.unique(np.asarray(clusters), return_inverse=True)
     values, lengths = np.bincount(cluster, weights=values), np.bincount(cluster, weights=lengths)

@@ -22,6 +22,7 @@ import yaml
 
 import metrics
 from common import UserError, read_jsonl, run, write_json
+from corpus import group_rows
 
 
 def get_args() -> argparse.Namespace:
@@ -51,8 +52,10 @@ class Scored:
         self.wanted = metrics.keyword_counts(self.references, keywords)
         self.heard = metrics.keyword_counts(self.hypotheses, keywords)
         self.found = np.minimum(self.wanted, self.heard)
-        # Utterances of one call share line and speaker; without either, an utterance stands for itself.
-        self.clusters = np.array([str(row.get("call") or row.get("speaker") or row["key"]) for row in rows])
+        # What shares a call or a speaker, directly or by way of others, is drawn together; else an utterance by itself.
+        self.clusters = np.zeros(len(rows), np.int64)
+        for number, group in enumerate(group_rows([row | {"source": row["key"]} for row in rows], ("call", "speaker"))):
+            self.clusters[group] = number
 
     def summary(self, base: Scored | None, resamples: int) -> dict[str, Any]:
         """The row of summary.json. `base` gives the paired p-value; None leaves it out."""

@@ -300,6 +300,20 @@ def test_summary_holds_the_rows_of_the_contract(tmp_path):
     assert done.returncode == 2 and "at least 1" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_an_interval_is_of_people_not_of_their_calls():
+    """Ten calls each of twenty speakers who differ: drawing calls says 95 % and holds the true rate in six of ten."""
+    from score import Scored
+
+    rng, runs, covered = np.random.default_rng(0), 150, 0
+    for _ in range(runs):
+        wrong = rng.binomial(10, np.repeat(rng.beta(3, 27, 20), 10))  # of ten characters a call, at 10 %
+        rows = transcript_rows("final", "real_test", ["错" * n + "对" * (10 - n) for n in wrong], ["对" * 10] * 200)
+        rows = [row | {"call": str(n), "speaker": f"agent{n // 10}"} for n, row in enumerate(rows)]
+        summary = Scored(rows, {}, False).summary(None, 500)
+        covered += summary["cer_low"] <= 0.1 <= summary["cer_high"]
+    assert covered / runs >= 0.9
+
+
 def test_the_mix_is_chosen_on_dev_and_without_p_values(tmp_path):
     for model, test_set, hypothesis in (
         ("base", "real_dev", "预"), ("alpha_0.50", "real_dev", "预期了"), ("alpha_1.00", "real_dev", "逾期了吗"),
