@@ -339,6 +339,19 @@ def test_the_mix_is_chosen_on_dev_and_without_p_values(tmp_path):
     assert all(row["p_value"] is None for row in summary)
 
 
+def test_a_large_simulated_dev_set_does_not_outvote_the_calls():
+    from score import choose_alpha
+
+    # Dev of the demo, seed 0, had these rates at equal sizes; here simulated dev is a corpus's.
+    rates = {"alpha_0.75": (0.095, 0.492), "alpha_1.0": (0.104, 0.226), "base": (0.691, 0.972)}
+    rows = [{"model": model, "test_set": test_set, "cer": cer, "characters": size, "substitutions": round(cer * size),
+             "deletions": 0, "insertions": 0}
+            for model, pair in rates.items()
+            for test_set, cer, size in zip(("simulated_dev", "real_dev"), pair, (300_000, 5_000), strict=True)]
+    rows += [row | {"test_set": "wideband_dev", "cer": 0.03, "substitutions": 150} for row in rows[1::2]]
+    assert choose_alpha(rows, 0.01)["alpha"] == 1.0
+
+
 def test_auto_is_what_it_means_on_this_machine(tmp_path, monkeypatch):
     names = ("device", "dtype", "batch_size", "batch_seconds")
     auto = write_conf(tmp_path / "conf.yaml", **dict.fromkeys(names, "auto"))
