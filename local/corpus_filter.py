@@ -122,7 +122,7 @@ def filter_corpus(args: argparse.Namespace) -> None:
     others = read_others(args.against, args.against_audio)
     settings = {"rules": rules, "check_text": args.filter_annotation_error == "true", "offered": args.expect_band}
     work = functools.partial(on_row, functools.partial(inspect, limits=train_limits(args, rules, total), **settings))
-    heard, wrong, mixed = set[str](), 0, 0
+    heard, wrong, mixed, nameless = set[str](), 0, 0, 0
     with open_ledger(args.output, args.max_reject_ratio) as ledger:
         inspected = parallel(work, unique(read_rows(args.input)), args.num_workers, args.dask_scheduler)
         for entry in progress(inspected, total, f"filter {args.split}"):
@@ -132,9 +132,13 @@ def filter_corpus(args: argparse.Namespace) -> None:
                 heard.add(entry.row["audio_hash"])
                 wrong += args.expect_band not in (None, entry.row["band"])
                 mixed += "channels" in entry.row
+                nameless += not entry.row.keys() & {"call", "speaker"}
             ledger.add(entry)
         if mixed:  # said before the ledger may fail: two sides that are one mix are duplicates
             logging.warning("%d of %d rows are the mix of several channels: no `channel` was given", mixed, ledger.kept)
+    if nameless:
+        message = "%d of %d rows have no call and no speaker: who is in two sets is not seen, intervals are too narrow"
+        logging.warning(message, nameless, ledger.kept)
     if wrong:
         message = "%d of %d rows offered as %s are not, by their energy above 4 kHz"
         logging.warning(message, wrong, ledger.kept, args.expect_band)

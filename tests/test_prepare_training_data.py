@@ -197,6 +197,18 @@ def test_what_leaks_from_dev_is_dropped_and_shared_text_is_not(tmp_path, corpus)
         assert caught.value.code == 2
 
 
+def test_a_copy_that_was_cut_is_known_by_names_alone_and_rows_without_them_are_said(tmp_path, corpus, caplog):
+    filtered(tmp_path, corpus[:1], name="dev")
+    assert "no call and no speaker" not in caplog.text
+    soundfile.write(tmp_path / "cut.wav", speech(2.0, 8000, 0)[80:], 8000)
+    cut = corpus[0] | {"key": "cut", "source": "cut.wav"}
+    nameless = {name: value for name, value in cut.items() if name not in ("call", "speaker")}
+    for row, kept in ((cut, 0), (nameless, 1)):
+        rows, _ = filtered(tmp_path, [row, corpus[1]], "--against", tmp_path / "dev.jsonl", "--max_reject_ratio", "1")
+        assert len(rows) == 1 + kept
+    assert "1 of 2 rows have no call and no speaker" in caplog.text
+
+
 def test_another_corpus_shares_recordings_but_no_names(tmp_path, corpus):
     filtered(tmp_path, corpus[:1], name="other_dev")
     train = [corpus[3], corpus[2] | {"source": "u0.wav"}]
