@@ -45,7 +45,9 @@ def table(experiment: Path) -> str:
         cells = [scores[model, name] for model in MODELS]
         cells = [f"{100 * c[rate]:.1f} ({100 * c[rate + '_low']:.1f}-{100 * c[rate + '_high']:.1f})" for c in cells]
         lines.append(f"| {title} | " + " | ".join(cells) + " |")
-    written = (f"{scores[model, 'no_speech']['chars_per_minute']:.1f}" for model in MODELS)
+    silent = (scores[model, "no_speech"] for model in MODELS)
+    rates = ([row[f"chars_per_minute{end}"] for end in ("", "_low", "_high")] for row in silent)
+    written = ("{:.1f} ({:.1f}-{:.1f})".format(*rate) for rate in rates)
     lines.append("| characters a minute where nobody speaks 无人说话时每分钟字数 | " + " | ".join(written) + " |")
     return "\n".join(lines) + "\n"
 

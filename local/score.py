@@ -63,24 +63,27 @@ class Scored:
         words = metrics.count(self.references, self.hypotheses, "word")
         low, high = metrics.bootstrap(self.clusters, counts.errors, counts.lengths, resamples)
         kwer_low, kwer_high = metrics.bootstrap(self.clusters, wanted - found, wanted, resamples)
-        written = np.array([len(metrics.characters(text)) for text in self.hypotheses])
-        minutes = sum(row["seconds"] for row in self.rows) / 60
+        minutes = np.array([row["seconds"] / 60 for row in self.rows])
+        silent = not counts.lengths.any() and minutes.any()
+        # Where nobody speaks every character is an insertion, and there are minutes in place of a reference.
+        per = minutes if silent else counts.lengths
+        written_low, written_high = (
+            metrics.bootstrap(self.clusters, counts.errors, minutes, resamples) if silent else (None, None))
         p_value = None
         if base is not None and [row["key"] for row in base.rows] == [row["key"] for row in self.rows]:
-            p_value = metrics.paired_p_value(
-                self.clusters, counts.errors, base.characters.errors, counts.lengths, resamples
-            )
+            p_value = metrics.paired_p_value(self.clusters, counts.errors, base.characters.errors, per, resamples)
         return {
             "model": self.model, "test_set": self.test_set, "utterances": len(self.rows),
             "cer": metrics.rate(counts.errors, counts.lengths), "cer_low": low, "cer_high": high,
             "wer": metrics.rate(words.errors, words.lengths), "kwer": metrics.rate(wanted - found, wanted),
-            "chars_per_minute": float(written.sum() / minutes) if minutes and not counts.lengths.any() else None,
+            "chars_per_minute": float(counts.errors.sum() / minutes.sum()) if silent else None,
+            "chars_per_minute_low": written_low, "chars_per_minute_high": written_high,
             "p_value": p_value, "kwer_low": kwer_low, "kwer_high": kwer_high,
             "keyword_precision": metrics.rate(found, self.heard), "keyword_occurrences": int(wanted.sum()),
             "characters": int(counts.lengths.sum()),
             **{name: int(getattr(counts, name).sum()) for name in ("substitutions", "deletions", "insertions")},
             "loops": sum(map(metrics.has_loop, self.references, self.hypotheses)),
-            "empties": int(np.sum((written == 0) & (counts.lengths > 0))),
+            "empties": sum(not hyp and bool(ref) for ref, hyp in zip(self.references, self.hypotheses, strict=True)),
         }
 
     def details(self) -> dict[str, list[dict[str, Any]]]:
@@ -177,7 +180,9 @@ def print_table(summary: list[dict[str, Any]]) -> None:
         cells = ["-" if row[name] is None else f"{100 * row[name]:.2f}" for name in columns]
         cells.append("-" if row["p_value"] is None else f"{row['p_value']:.3f}")
         if row["chars_per_minute"] is not None:
-            cells = [f"{row['chars_per_minute']:.1f}", " characters a minute where nobody speaks"]
+            rates = [row["chars_per_minute" + end] for end in ("", "_low", "_high")]
+            cells = ["-" if rate is None else f"{rate:.1f}" for rate in rates]
+            cells.append(" characters a minute where nobody speaks")
         text = "".join(f"{cell:>9}" for cell in cells)
         print(f"{row['test_set']:<16}{row['model']:<12}{row['utterances']:>7}{text}")
 

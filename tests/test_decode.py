@@ -284,7 +284,8 @@ def test_summary_holds_the_rows_of_the_contract(tmp_path):
     assert base["kwer"] == 1.0 and final["kwer"] == 0.0  # 逾期|预期 is one keyword
     assert base["p_value"] is None and 0 < final["p_value"] <= 1
     assert silence["cer"] is None and silence["chars_per_minute"] == pytest.approx(2 / 0.15)
-    assert base["chars_per_minute"] is None
+    assert base["chars_per_minute"] is None and base["chars_per_minute_low"] is None
+    assert silence["chars_per_minute_low"] == 0 and silence["chars_per_minute_high"] > silence["chars_per_minute"]
     details = json.loads((tmp_path / "details.json").read_text("utf-8"))
     values = {(row["condition"], row["value"]) for row in details["conditions"]}
     assert {("codec", "g711_alaw"), ("snr", "10 to 15 dB"), ("loss", "under 0.1 %"), ("recorder", "none"),
