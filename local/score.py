@@ -213,6 +213,8 @@ def main() -> None:
     write_json(Path(args.output).parent / "details.json", details)
     write_json(args.output, summary)
     print_table(summary)
+    for test_set in dict.fromkeys(one.test_set for one in scored if len(one.rows) > 1 and not one.clusters.any()):
+        logging.warning("%s: no intervals, as all its rows share a call or a speaker, if by way of others", test_set)
     logging.info("%d transcripts scored, %s", len(scored), args.output)
     if args.choose:
         choice = choose_alpha(summary, args.max_wideband_loss)
