@@ -1,7 +1,6 @@
 """Every key of channel, filter and decoding YAML is alive; the keys of training are those of test_keys.py."""
 
 import copy
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -96,16 +95,7 @@ def test_every_rule_is_what_drops_its_examples(number):
 DECODE = yaml.safe_load((ROOT / "conf" / "decode.yaml").read_text())
 
 
-def test_batches_are_cut_by_both_keys():
-    from nano.inference import batches
-
-    rows = [{"key": str(number), "speech_length": 100 * number} for number in range(1, 9)]
-    sizes = [[len(batch) for batch in batches(rows, size, seconds)] for size, seconds in [(2, 600), (4, 600), (4, 10)]]
-    assert all(one != other for one, other in pairwise(sizes))
-
-
-def test_numerals_and_resamples_change_the_score():
-    assert metrics.normalise("12", True) != metrics.normalise("12", False)
+def test_resamples_change_the_interval():
     clusters, errors, lengths = np.arange(20), np.arange(20) % 3, np.full(20, 5)
     assert metrics.bootstrap(clusters, errors, lengths, 3) != metrics.bootstrap(clusters, errors, lengths, 2000)
 
