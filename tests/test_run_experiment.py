@@ -94,7 +94,9 @@ def recipe(repository, tmp_path):
         given = {
             "exp_output": tmp_path / "exp's [1] output", "model": tmp_path / "base model", "python": stand_in,
             "raw_16k_train": tmp_path / "raw_train.jsonl", "raw_16k_dev": tmp_path / "raw_dev.jsonl",
-            "real_8k_train": tmp_path / "real_train.jsonl", "real_8k_dev": tmp_path / "real_dev.jsonl", **options,
+            "real_8k_train": tmp_path / "real_train.jsonl", "real_8k_dev": tmp_path / "real_dev.jsonl",
+            "ngpu": 0,  # to count them is to import torch, which takes longer than all else
+            **options,
         }
         flags = [part for name, value in given.items() if value is not None for part in (f"--{name}", str(value))]
         return driver(repository, *arguments, *flags, environment={"CALLS": tmp_path / "calls", **(environment or {})})
@@ -284,7 +286,7 @@ def test_a_config_file_may_build_on_an_option_of_the_command_line(recipe, tmp_pa
 
 
 def test_the_whole_recipe_runs_its_helpers_and_a_second_time_nothing(recipe):
-    done = recipe(-1, 5)
+    done = recipe(-1, 5, ngpu=None)
     assert done.returncode == 0, done.stderr
     names = [call[0] for call in recipe.calls()]
     assert names[0] == "download_model.py"
@@ -358,7 +360,7 @@ def test_an_overlay_is_laid_over_the_stages_it_has_a_file_for(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "filtering"), [("0.05", "0.5"), ("0", "0.5"), (".49", "0.5"), ("0.5", "0.5"), ("0.9", "0.9"), ("1", "1")]
+    ("given", "filtering"), [("0.05", "0.5"), ("0", "0.5"), (".49", "0.5"), ("0.9", "0.9")]
 )
 def test_the_filter_may_drop_half_of_the_rows_or_more_where_that_is_asked_for(recipe, given, filtering):
     assert recipe(-1, 0, max_reject_ratio=given).returncode == 0
