@@ -1,9 +1,14 @@
-"""A miniature model, twelve rows of noise and a stage's training inside this process, for the tests of training."""
+"""What several test files need: a miniature model, rows of noise, a helper's command line and a stage's training."""
 
 import argparse
+import contextlib
+import io
 import logging
-from contextlib import contextmanager
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +16,7 @@ import torch
 import yaml
 
 import audio
-from common import write_json, write_jsonl
+from common import run, write_json, write_jsonl
 from miniature import build_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +38,26 @@ QUICK = {
     "train_conf": {"max_epoch": 3, "keep_nbest_models": 2, "avg_nbest_model": 2, "log_interval": 2},
     "dataset_conf": {"batch_type": "example", "batch_size": 5, "num_workers": 0},
 }  # fmt: skip
+
+
+def helper(name: str, *arguments, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """A helper of local/ as a user runs it."""
+    command = [sys.executable, str(ROOT / "local" / name), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+
+
+def helper_here(main: Callable[[], None], *arguments) -> SimpleNamespace:
+    """The same in this process, which has imported FunASR already: that takes longer than most of what is tested."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, logged(logging.StreamHandler(err)), \
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [main.__module__, *map(str, arguments)])
+        try:
+            run(main)
+        except SystemExit as end:
+            code = end.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def make_model(folder: Path) -> Path:
@@ -79,11 +104,10 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in events.Tags()["scalars"]}
 
 
-@contextmanager
-def logged(path: Path):
-    """Everything logged goes to the file too, as run_experiment.sh has it."""
+@contextlib.contextmanager
+def logged(handler: logging.Handler):
+    """Everything logged goes there too, as run_experiment.sh has it."""
     root, level = logging.getLogger(), logging.getLogger().level
-    handler = logging.FileHandler(path, encoding="utf-8")
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     try:
@@ -105,7 +129,8 @@ def train_here(args: argparse.Namespace) -> None:
                (torch.cuda, "set_device")]  # fmt: skip
     args.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(args.output_dir / "run.json", train.describe_run(args))
-    with logged(args.output_dir / "train.log"), pytest.MonkeyPatch.context() as patch:
+    log = logging.FileHandler(args.output_dir / "train.log", encoding="utf-8")
+    with logged(log), pytest.MonkeyPatch.context() as patch:
         for owner, name in changed:
             patch.setattr(owner, name, getattr(owner, name))
         train.train(train.build_config(args))

@@ -13,12 +13,13 @@ import pytest
 import soundfile
 import torch
 
+import decode
 from common import UserError, read_jsonl, write_jsonl
 from decode import named, parse_row, transcript, utterance
+from mini import ROOT, helper, helper_here
 from miniature import build_folder
 from nano.inference import Recogniser, batches, read_conf
 
-ROOT = __file__.rsplit("/tests/", 1)[0]
 TEXT = "您好我的退款订单号一二三四五六七八九逾期了吗"
 
 
@@ -58,17 +59,13 @@ def write_conf(path, **changes):
     return path
 
 
-def decode_command(model_dir, test_set, output_dir, conf, *checkpoints):
-    return [sys.executable, "local/decode.py", "--model_dir", model_dir, "--test_set", f"real_test={test_set}",
+def asked(model_dir, test_set, output_dir, conf, *checkpoints):
+    return ["--model_dir", model_dir, "--test_set", f"real_test={test_set}",
             "--output_dir", output_dir, "--conf", conf, *(f"--checkpoint={item}" for item in checkpoints or ["base="])]
 
 
 def transcribe(recogniser, rows, *limits, **options):
     return recogniser.transcribe([utterance(row, recogniser.fs) for row in rows], *limits, **options)
-
-
-def helper(*command):
-    return subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def test_batched_transcripts_equal_stock_funasr_one_by_one(model_dir, test_set):
@@ -140,11 +137,12 @@ def test_batches_hold_every_row_once_within_their_limits():
 
 
 def test_killed_and_started_again_it_writes_the_same_bytes(model_dir, test_set, tmp_path):
-    conf = write_conf(tmp_path / "conf.yaml", batch_size=2, max_new_tokens=150, max_tokens_per_second=1e6)
-    whole = helper(*decode_command(model_dir, test_set[0], tmp_path / "whole", conf))
+    conf = write_conf(tmp_path / "conf.yaml", batch_size=2, max_new_tokens=75, max_tokens_per_second=1e6)
+    whole = helper_here(decode.main, *asked(model_dir, test_set[0], tmp_path / "whole", conf))
     assert whole.returncode == 0, whole.stderr
-    command = [str(part) for part in decode_command(model_dir, test_set[0], tmp_path / "killed", conf)]
+    arguments = asked(model_dir, test_set[0], tmp_path / "killed", conf)
     part = tmp_path / "killed" / "base.real_test.part"
+    command = [sys.executable, "local/decode.py", *map(str, arguments)]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     while process.poll() is None and not (part.is_file() and part.read_bytes().count(b"\n") > 5):
         time.sleep(0.02)
@@ -153,7 +151,7 @@ def test_killed_and_started_again_it_writes_the_same_bytes(model_dir, test_set, 
     assert not part.with_suffix(".jsonl").exists()
     with open(part, "r+b") as file:
         file.truncate(part.stat().st_size - 7)  # a torn last line
-    again = helper(*decode_command(model_dir, test_set[0], tmp_path / "killed", conf))
+    again = helper_here(decode.main, *arguments)
     assert again.returncode == 0, again.stderr
     name = "base.real_test.jsonl"
     assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -162,8 +160,8 @@ def test_killed_and_started_again_it_writes_the_same_bytes(model_dir, test_set, 
 
 def test_part_file_of_other_weights_is_not_continued(model_dir, test_set, tmp_path):
     conf = write_conf(tmp_path / "conf.yaml", max_new_tokens=5)
-    output, command = tmp_path / "base.real_test.jsonl", decode_command(model_dir, test_set[0], tmp_path, conf)
-    assert helper(*command).returncode == 0
+    output, arguments = tmp_path / "base.real_test.jsonl", asked(model_dir, test_set[0], tmp_path, conf)
+    assert helper_here(decode.main, *arguments).returncode == 0
     whole = output.read_bytes()
     record = json.loads(output.with_suffix(".run.json").read_text("utf-8"))
     old = [row | {"hyp": "旧"} for row in read_jsonl(output)]
@@ -171,7 +169,7 @@ def test_part_file_of_other_weights_is_not_continued(model_dir, test_set, tmp_pa
         output.unlink()
         write_jsonl(output.with_suffix(".part"), old)
         output.with_suffix(".run.json").write_text(json.dumps(record | {"fingerprint": fingerprint}), "utf-8")
-        assert helper(*command).returncode == 0
+        assert helper_here(decode.main, *arguments).returncode == 0
         assert {row["hyp"] for row in read_jsonl(output)} & {"旧"} == heard
     assert output.read_bytes() == whole
 
@@ -213,20 +211,20 @@ def test_unchanged_transcripts_are_kept_and_changed_weights_decoded_again(model_
     conf, checkpoint = write_conf(tmp_path / "conf.yaml", max_new_tokens=5), tmp_path / "own.pt"
     state = torch.load(model_dir / "model.pt")
     torch.save({"state_dict": state, "lora": None}, checkpoint)
-    command = decode_command(model_dir, test_set[0], tmp_path, conf, "base=", f"own={checkpoint}")
-    assert helper(*command).returncode == 0
+    arguments = asked(model_dir, test_set[0], tmp_path, conf, "base=", f"own={checkpoint}")
+    assert helper_here(decode.main, *arguments).returncode == 0
     rows = list(read_jsonl(tmp_path / "own.real_test.jsonl"))
     assert [row["key"] for row in rows] == [row["key"] for row in test_set[1]]
     assert {"key", "hyp", "ref", "seconds", "model", "test_set", "condition", "speaker", "call"} <= rows[0].keys()
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.jsonl")}
     state["llm.lm_head.weight"] += 1.0
     torch.save({"state_dict": state, "lora": None}, checkpoint)
-    again = helper(*command)
+    again = helper_here(decode.main, *arguments)
     assert "base.real_test.jsonl: up to date" in again.stderr
     after = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.jsonl")}
     assert [name for name in before if before[name] != after[name]] == ["own.real_test.jsonl"]
     os.utime(parse_row(test_set[1][0])["audio"])  # as when stage 0 took another channel of the call
-    assert "up to date" not in helper(*command).stderr
+    assert "up to date" not in helper_here(decode.main, *arguments).stderr
 
 
 def test_the_mark_of_silence_is_no_text_in_a_reference(test_set):
@@ -252,7 +250,7 @@ def test_names_that_could_not_be_file_names_are_refused(pairs):
     ],
 )
 def test_a_wrong_command_is_one_line(model_dir, test_set, tmp_path, arguments, message):
-    done = helper(*decode_command(model_dir, test_set[0], tmp_path / "out", "conf/decode.yaml"), *arguments)
+    done = helper("decode.py", *asked(model_dir, test_set[0], tmp_path / "out", "conf/decode.yaml"), *arguments)
     assert done.returncode in (1, 2) and done.stderr.count("\n") == 1 and message in done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -273,7 +271,7 @@ def test_summary_holds_the_rows_of_the_contract(tmp_path):
     ):
         write_jsonl(tmp_path / "t" / f"{model}.{test_set}.jsonl", transcript_rows(model, test_set, hypotheses, truth))
     conf = write_conf(tmp_path / "conf.yaml")
-    done = helper(sys.executable, "local/score.py", "--transcripts", tmp_path / "t", "--conf", conf,
+    done = helper("score.py", "--transcripts", tmp_path / "t", "--conf", conf,
                   "--output", tmp_path / "summary.json")
     assert done.returncode == 0, done.stderr
     rows = {(row["model"], row["test_set"]): row for row in json.loads((tmp_path / "summary.json").read_text("utf-8"))}
@@ -292,11 +290,11 @@ def test_summary_holds_the_rows_of_the_contract(tmp_path):
             ("duration", "2 to 5 seconds"), ("speaker", "s1")} <= values
     assert ("退", "腿") in [(row["reference"], row["hypothesis"]) for row in details["confusions"]]
     assert "real_test" in done.stdout and "CER %" in done.stdout
-    done = helper(sys.executable, "local/score.py", "--transcripts", tmp_path / "t", "--output", tmp_path / "none.json",
+    done = helper("score.py", "--transcripts", tmp_path / "t", "--output", tmp_path / "none.json",
                   "--conf", conf, "--keywords", "")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert {row["kwer"] for row in json.loads((tmp_path / "none.json").read_text("utf-8"))} == {None}
-    done = helper(sys.executable, "local/score.py", "--transcripts", tmp_path / "t", "--output", tmp_path / "none.json",
+    done = helper("score.py", "--transcripts", tmp_path / "t", "--output", tmp_path / "none.json",
                   "--conf", write_conf(tmp_path / "conf.yaml", bootstrap_resamples=0))  # fmt: skip
     assert done.returncode == 2 and "at least 1" in done.stderr and done.stderr.count("\n") == 1
 
@@ -337,12 +335,12 @@ def test_the_mix_is_chosen_on_dev_and_without_p_values(tmp_path):
         ("0.1", 0.5, []), ("0.25", 1.0, []),
     ):
         done = helper(
-            sys.executable, "local/score.py", "--transcripts", tmp_path / "t", *models, "--max_wideband_loss", loss,
+            "score.py", "--transcripts", tmp_path / "t", *models, "--max_wideband_loss", loss,
             "--output", tmp_path / "dev_summary.json", "--choose", tmp_path / "choice.json",
         )
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / "choice.json").read_text("utf-8"))["alpha"] == alpha
-    done = helper(sys.executable, "local/score.py", "--transcripts", tmp_path / "t", "--models", "last",
+    done = helper("score.py", "--transcripts", tmp_path / "t", "--models", "last",
                   "--output", tmp_path / "none.json")  # fmt: skip
     assert done.returncode == 2 and "has none of --models last" in done.stderr and done.stderr.count("\n") == 1
     summary = json.loads((tmp_path / "dev_summary.json").read_text("utf-8"))

@@ -16,9 +16,9 @@ import yaml
 
 import download_model
 from common import UserError
+from mini import ROOT, helper, helper_here
 from miniature import build_folder
 
-HELPER = Path(download_model.__file__)
 MODEL = "Some.Owner/Fun-ASR-Nano-2.5"
 # What FunASR's registry knows is registered by importing it; one process does it once for all tests.
 SIZE = {"encoder_dim": 32, "encoder_blocks": 1, "encoder_ffn": 32, "llm_dim": 32, "llm_layers": 1, "llm_ffn": 32}
@@ -51,14 +51,8 @@ def unchecked(monkeypatch):
     monkeypatch.setattr(download_model, "check_model", lambda folder: {"model_dir": str(folder)})
 
 
-def run_helper(model, output):
-    return subprocess.run(
-        [sys.executable, HELPER, "--model", model, "--output", output], capture_output=True, text=True, check=False
-    )
-
-
 def test_a_whole_folder_is_accepted_and_written_down(folder, tmp_path):
-    done = run_helper(folder, tmp_path / "out")
+    done = helper_here(download_model.main, "--model", folder, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out/model_dir.txt").read_text() == f"{folder}\n"
     found = json.loads((tmp_path / "out/check.json").read_text())
@@ -135,13 +129,13 @@ def test_a_damaged_folder_in_a_cache_is_named_with_what_to_do(no_hub, monkeypatc
     damaged.mkdir(parents=True)
     for file in ("config.yaml", "model.pt"):
         (damaged / file).touch()
-    done = run_helper(MODEL, no_hub / "out")
+    done = helper_here(download_model.main, "--model", MODEL, "--output", no_hub / "out")
     assert done.returncode == 1 and f"Remove {damaged} before, or it is found again" in done.stderr
 
 
 def test_without_a_network_one_line_says_what_to_do_elsewhere(no_hub):
     start = time.monotonic()
-    done = run_helper(MODEL, no_hub / "out")
+    done = helper("download_model.py", "--model", MODEL, "--output", no_hub / "out")
     assert time.monotonic() - start < 30
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
@@ -170,7 +164,7 @@ def test_a_hub_that_refuses_is_one_line_and_the_other_is_asked(no_hub, monkeypat
                 f"import download_model, common; download_model.HUBS = dict.fromkeys(download_model.HUBS, '{url}'); "
                 "common.run(download_model.main)")
         command = [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=HELPER.parent, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=ROOT / "local", capture_output=True, text=True, check=False)
         server.shutdown()
     error = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and "Traceback" not in done.stderr
@@ -236,7 +230,7 @@ def test_a_damaged_folder_is_refused_with_its_reason(folder, damage, message):
 
 def test_a_damaged_folder_leaves_nothing_behind(folder, tmp_path):
     (folder / "model.pt").unlink()
-    done = run_helper(folder, tmp_path / "out")
+    done = helper("download_model.py", "--model", folder, "--output", tmp_path / "out")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and "model.pt" in done.stderr
     assert not (tmp_path / "out").exists()
@@ -245,7 +239,7 @@ def test_a_damaged_folder_leaves_nothing_behind(folder, tmp_path):
 @pytest.mark.parametrize("prefix", ["ctc.", ("ctc.", "ctc_decoder.")])
 def test_missing_ctc_weights_are_said_not_refused(folder, tmp_path, prefix):
     without_tensor(folder, prefix)
-    done = run_helper(folder, tmp_path / "out")
+    done = helper_here(download_model.main, "--model", folder, "--output", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert "no CTC weights" in done.stderr
     assert json.loads((tmp_path / "out/check.json").read_text())["ctc"] is False

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-import yaml
 
 import audio
 import nano.dataset
-from common import write_json, write_jsonl
-from mini import make_model
+from check_training import check_before
+from common import UserError, write_json, write_jsonl
+from mini import QUICK, arguments, make_model, train_here
 from telephone import channel, noise
 from test_telephone import CONF, speech
-from test_training import build, helper
+from test_training import build
 
 
 @pytest.fixture(scope="module")
@@ -114,22 +114,15 @@ def test_a_stage_trains_online_in_workers_and_stops_where_the_settings_are_gone(
     folder, _, rows = parts
     dev = [{name: value for name, value in row.items() if name != "channel"} for row in rows]
     gone = [row | {"channel": {"online": str(tmp_path / "gone.json")}} for row in rows]
-    for name, listed in (("train", rows), ("dev", dev), ("gone", gone)):
-        write_jsonl(tmp_path / f"{name}.jsonl", listed)
-    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump({
-        "optim_conf": {"lr": 0.003}, "scheduler_conf": {"warmup_steps": 2},
-        "train_conf": {"max_epoch": 2, "keep_nbest_models": 1, "avg_nbest_model": 1, "log_interval": 1},
-        "dataset_conf": {"batch_type": "example", "batch_size": 4, "num_workers": 2},
-    }))  # fmt: skip
-    arguments = [
-        "--stage_conf", "conf/stage1_encoder_adapt.yaml", "--overlay", tmp_path / "overlay.yaml",
-        "--model_dir", folder / "model", "--init_checkpoint", folder / "model/model.pt",
-        "--valid_list", tmp_path / "dev.jsonl",
-    ]  # fmt: skip
-    trained = helper("train.py", *arguments, "--train_list", tmp_path / "train.jsonl", "--output_dir", tmp_path / "a")
-    assert trained.returncode == 0 and (tmp_path / "a/averaged.pt").is_file(), trained.stderr[-2000:]
-    stopped = helper("train.py", *arguments, "--train_list", tmp_path / "gone.jsonl", "--output_dir", tmp_path / "b")
-    assert stopped.returncode != 0 and "gone.json" in stopped.stderr and not (tmp_path / "b/averaged.pt").exists()
-    before = helper("check_training.py", "before", *arguments, "--train_list", tmp_path / "gone.jsonl",
-                    "--output_dir", tmp_path / "b")  # fmt: skip
-    assert before.returncode == 1 and "gone.json" in before.stderr.splitlines()[-1]
+    write_jsonl(tmp_path / "dev.jsonl", dev)
+    overlay = QUICK | {"dataset_conf": QUICK["dataset_conf"] | {"num_workers": 2}}
+    valid = {"overlay": overlay, "valid_list": tmp_path / "dev.jsonl"}
+    args = arguments(tmp_path / "a", folder / "model", rows, **valid)
+    train_here(args)
+    assert (args.output_dir / "averaged.pt").is_file()
+    args = arguments(tmp_path / "b", folder / "model", gone, **valid)
+    with pytest.raises(RuntimeError, match="gone.json"):
+        train_here(args)
+    assert not (args.output_dir / "averaged.pt").exists()
+    with pytest.raises(UserError, match="gone.json"):
+        check_before(args)

@@ -1,16 +1,13 @@
 """Folding LoRA and interpolating change what they should, nothing else, and never leave half a file."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
+import final_model
 from common import UserError
+from mini import helper_here
 from nano import weights
 from score import choose_alpha
-
-ROOT = __file__.rsplit("/tests/", 1)[0]
 
 
 def make_lora_state(rank=4):
@@ -76,8 +73,7 @@ def test_models_that_do_not_belong_together_are_refused():
 
 
 def mix(*arguments):
-    command = [sys.executable, "local/final_model.py", "mix", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return helper_here(final_model.main, "mix", *arguments)
 
 
 def test_mixing_on_the_command_line_folds_lora_and_is_exact_at_both_ends(tmp_path):
