@@ -27,7 +27,7 @@ SMALL = {
 }  # fmt: skip
 LOG_LINE = (
     "10:00:00 (trainer_ds.py:953) INFO: {tag}, rank: {rank}, epoch: {epoch}/10, data_slice: 0/1, "
-    "step_in_slice: {step}/80, step_in_epoch: {step}, total step: 99, (loss_avg_rank: 9.200), "
+    "step_in_slice: {step}/80, step_in_epoch: {step}, total step: {total}, (loss_avg_rank: 9.200), "
     "(loss_avg_slice: {loss}), (ppl_avg_slice: 1.000e+00), (acc_avg_slice: {acc}), (lr: 1.000e-04), "
     "[('loss_llm', 1.088), ('acc', 0.637)], {{'data_load': '0.001', 'total_time': '{seconds}'}}, GPU, memory: "
     "usage: 0.000 GB, peak: {gpu} GB, cache: 0.000 GB, cache_peak: 0.000 GB\n"
@@ -138,4 +138,4 @@ def train_here(args: argparse.Namespace) -> None:
 
 def log_line(tag="train", rank=0, epoch=0, step=20, loss=2.5, acc=0.5, seconds=0.5, gpu=0.0) -> str:
     """A step as FunASR's trainer logs it."""
-    return LOG_LINE.format(**locals())
+    return LOG_LINE.format(**locals(), total=80 * epoch + step)

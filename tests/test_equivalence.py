@@ -56,7 +56,7 @@ def batch(rows: int = 3) -> dict:
         mask[row, :text] = 1
     return {
         "speech": speech, "speech_lengths": lengths, "input_ids": tokens, "attention_mask": mask, "labels_ids": labels,
-        "fbank_beg": torch.full((rows, 1), 3), "fake_token_len": (lengths - 1) // 8 + 1,
+        "fbank_beg": torch.tensor([[3], [5], [2]])[:rows], "fake_token_len": (lengths - 1) // 8 + 1,
         "item": [{"assistant": ["一二三"]}] * rows,
     }  # fmt: skip
 
@@ -97,6 +97,7 @@ def test_loss_and_gradients_of_all_speed_ups_together_are_upstreams(folder, stag
     expected, expected_gradients = loss_and_gradients(upstream(ours))
     assert loss == pytest.approx(expected, rel=1e-5)
     assert_same(gradients, expected_gradients)
+    assert ours(**batch())[1]["acc"] == upstream(ours)(**batch())[1]["acc"]
 
 
 def test_bf16_noise_of_the_fused_path_is_that_of_upstreams(folder):

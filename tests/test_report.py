@@ -10,21 +10,14 @@ import pytest
 import soundfile
 import torch
 
+import final_model
 from common import write_json, write_jsonl
+from mini import helper, helper_here, log_line
 from miniature import build_folder
 from report import condition_groups, judge, stages
 
-ROOT = __file__.rsplit("/tests/", 1)[0]
 TEXTS = ["您好我要退款", "订单号三五七九", "您的账户已经逾期", "好的我同意办理", "请问是本人吗", "还款日是十五号"]
 ERROR_RATES = {"base": 0.45, "stage1": 0.2, "stage2": 0.15, "stage3": 0.12, "final": 0.1}
-STEP = ("{kind}, rank: 0, epoch: 0/2, data_slice: 0/1, step_in_slice: {step}/20, step_in_epoch: {step}, "
-        "total step: {step}, (loss_avg_rank: 1.000), (loss_avg_slice: {loss:.3f}), (ppl_avg_slice: 2.0), "
-        "(acc_avg_slice: 0.5), (lr: 1e-3), {{'total_time': '0.5'}}, GPU, memory: usage: 0.0 GB, peak: 0.0 GB\n")
-
-
-def helper(script, *arguments, cwd=ROOT):
-    command = [sys.executable, f"{ROOT}/local/{script}", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
 
 
 def make_experiment(folder, utterances=60):
@@ -65,7 +58,7 @@ def make_experiment(folder, utterances=60):
                                       "rows_per_epoch": 1000, "versions": {"funasr": "1.4.16"},
                                       "parameters": {module: {"parameters": 700, "trainable": 700}}})
         (exp / "train.log").write_text(f"# SEED='0' bash run_experiment.sh '{stage[5]}'\n" + "".join(
-            STEP.format(kind=kind, step=step, loss=3 / step ** 0.5 + (kind == "val") * 0.1)
+            log_line(kind, step=step, loss=3 / step ** 0.5 + (kind == "val") * 0.1)
             for step in range(5, 60, 5) for kind in ("train", "val") if kind == "train" or step % 15 == 0), "utf-8")
     write_json(folder / "eval" / "interpolation.json", {
         "alpha": 0.125, "model": "alpha_0.125", "reason": "lowest telephone CER on dev", "max_wideband_loss": 0.05,
@@ -174,7 +167,7 @@ def test_the_speakers_with_most_errors_come_first():
 
 
 def test_losses_are_read_from_the_trainers_own_log_lines(tmp_path):
-    log = STEP.format(kind="train", step=10, loss=2.5) + "noise\n" + STEP.format(kind="val", step=10, loss=2.75) * 2
+    log = log_line(step=10, loss=2.5) + "noise\n" + log_line("val", step=10, loss=2.75) * 2
     folder = tmp_path / "exp" / "8k_telephone" / "stage1_encoder_adapt"
     write_json(folder / "run.json", {})
     (folder / "train.log").write_text(log, "utf-8")
@@ -187,7 +180,7 @@ def test_the_final_model_loads_in_stock_funasr_without_this_repository(experimen
     torch.manual_seed(1)
     state["audio_adaptor.linear1.weight"] += 0.1 * torch.randn_like(state["audio_adaptor.linear1.weight"])
     torch.save({"state_dict": state, "lora": None}, tmp_path / "final.pt")
-    done = helper("final_model.py", "export", "--model_dir", model_dir, "--checkpoint", tmp_path / "final.pt",
+    done = helper_here(final_model.main, "export", "--model_dir", model_dir, "--checkpoint", tmp_path / "final.pt",
                   "--summary", experiment[0] / "eval" / "summary.json", "--output", tmp_path / "out" / "final_model",
                   "--text_style", "spoken")
     assert done.returncode == 0, done.stderr
