@@ -1,4 +1,7 @@
-"""What is refused before training and what fails after it: one message each, and nothing that is right."""
+"""What is refused before training and what fails after it: one message each, and nothing that is right.
+
+What FunASR would do instead without a word is in test_traps.py.
+"""
 
 import contextlib
 import copy
@@ -24,7 +27,7 @@ from check_training import (
     check_shared_memory,
 )
 from common import UserError, write_json, write_jsonl
-from mini import QUICK, ROOT, STAGES, arguments, curves, log_line, make_model, make_rows, train_here
+from mini import QUICK, ROOT, STAGES, arguments, curves, log_line, train_here
 from nano import weights
 from nano.batch_size import gpu_bytes
 from nano.config import build_on_meta, effective, flat_items, read_stage
@@ -35,16 +38,6 @@ from nano.train_log import read_log
 SORTED = {"batch_type": "token", "batch_size": 1500, "num_workers": 0}
 YAMLS = [path for path in sorted(ROOT.glob("conf/**/*.yaml")) if path.stem.startswith(("stage", "base_model"))]
 KEYS = [(path, key) for path in YAMLS for key in sorted(flat_items(yaml.safe_load(path.read_text())))]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    return make_rows(tmp_path_factory.mktemp("audio"))
 
 
 @pytest.fixture
@@ -112,9 +105,7 @@ def test_a_stage_that_is_right_passes(tmp_path, model_dir, rows, stage):
 @pytest.mark.parametrize(("overlay", "message"), [
     ({"dataset_conf": {"data_split_num": 4}}, "nothing reads the key dataset_conf.data_split_num"),
     ({"dataset_conf": {"prompt_classes": "MultiContextPrompt"}}, "nothing reads the key dataset_conf.prompt_classes"),
-    ({"detach_ctc_decoder": True}, "ctc_weight 0.3 does nothing"),
     ({"train_conf": {"keep_nbest_models": 10**9}}, "lower train_conf.keep_nbest_models"),
-    ({"dataset_conf": {"max_token_length": 150}}, "raise dataset_conf.max_token_length above 150"),
     ({"dataset_conf": {"max_source_length": 150}}, "upstream would skip it"),
     ({"dataset_conf": {"min_source_length": 150}}, "upstream would skip it"),
     ({"dataset_conf": {"max_target_length": 3}}, "upstream would skip it"),
@@ -138,9 +129,8 @@ def edit(row, content=None, **changed):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"text_length": 0}, "upstream would skip it"), ({"speech_length": 15000}, "upstream would skip it"),
-    ({"speech_length": 5}, "upstream would skip it"), ({"key": "u0"}, "key u0 twice"),
-    ({"content": "语音转写：<|startofspeech|>!/nowhere.wav<|endofspeech|>"}, "cannot read /nowhere.wav"),
+    ({"speech_length": 15000}, "upstream would skip it"), ({"speech_length": 5}, "upstream would skip it"),
+    ({"key": "u0"}, "key u0 twice"),
     ({"content": "语音转写："}, "no formatted row"), ({"text_length": None}, None),
 ])  # fmt: skip
 def test_a_row_that_would_not_be_used_is_refused(refused, rows, change, message):
@@ -152,8 +142,7 @@ def test_a_row_that_would_not_be_used_is_refused(refused, rows, change, message)
     assert message in refused(rows=[*rows[:3], bad])[0]
 
 
-def test_audio_and_checkpoint_at_another_rate_are_refused(refused, model_dir, rows, tmp_path):
-    assert "16000 Hz, 1 channels, not 8000 Hz" in refused(frontend_fs=8000)[0]
+def test_a_checkpoint_of_another_rate_is_refused(refused, model_dir, rows, tmp_path):
     assert "was trained at 16000 Hz" in refused(frontend_fs=8000, stage=STAGES[2])[0]
     shutil.copytree(model_dir, tmp_path / "stage1")
     shutil.copy(tmp_path / "stage1" / "model.pt", tmp_path / "stage1" / "averaged.pt")

@@ -547,36 +547,21 @@ def test_a_model_folder_without_weights_or_tokenizer_stops_stage_minus_one(recip
     assert not (recipe.exp / "model").exists()
 
 
-def test_no_space_left_is_one_line_and_leaves_nothing_half_written(recipe, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("mounting a small disk needs root")
-    try:
-        (disk / "filler").write_bytes(b"x" * 64 * 1024)
-        done = recipe(-1, exp_output=disk / "exp")
-        assert done.returncode == 1
-        assert "No space left" in done.stderr and done.stderr.count("\n") == 1
-        assert [path.name for path in disk.rglob("*") if path.is_file() and path.stat().st_size] == ["filler"]
-    finally:
-        subprocess.run(["umount", disk], check=True)
+def test_no_space_left_is_one_line_and_leaves_nothing_half_written(recipe, disk):
+    folder = disk("size=64k")
+    (folder / "filler").write_bytes(b"x" * 64 * 1024)
+    done = recipe(-1, exp_output=folder / "exp")
+    assert done.returncode == 1
+    assert "No space left" in done.stderr and done.stderr.count("\n") == 1
+    assert [path.name for path in folder.rglob("*") if path.is_file() and path.stat().st_size] == ["filler"]
 
 
-def test_a_folder_of_results_that_cannot_be_written_is_one_line(recipe, tmp_path):
+def test_a_folder_of_results_that_cannot_be_written_is_one_line(recipe, tmp_path, read_only):
     (tmp_path / "file").touch()
-    folder = tmp_path / "folder"
-    folder.mkdir(mode=0o555)
-    mount = ["mount", "-t", "tmpfs", "-o", "ro", "none", folder]
-    if os.geteuid() == 0 and subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("root may write anywhere here")
-    try:
-        for path in (folder, tmp_path / "file"):
-            done = recipe(-1, exp_output=path)
-            assert done.stderr == f"error: --exp_output {path} is no folder that may be written\n"
-            assert done.returncode == 2
-    finally:
-        if os.geteuid() == 0:
-            subprocess.run(["umount", folder], check=True)
+    for path in (read_only, tmp_path / "file"):
+        done = recipe(-1, exp_output=path)
+        assert done.stderr == f"error: --exp_output {path} is no folder that may be written\n"
+        assert done.returncode == 2
 
 
 def test_with_online_channel_no_simulated_training_audio_is_written(recipe):

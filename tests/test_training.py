@@ -13,20 +13,10 @@ import make_train_list
 from common import UserError, atomic_write, read_jsonl, write_jsonl
 from corpus import hash_share
 from make_train_list import mix, number_repeats, take
-from mini import helper, make_model, make_rows
+from mini import helper, make_rows
 from nano.weights import trainable_names
 
 CORPORA = ("simulated_8k_telephone", "real_8k_telephone", "wideband_16k", "no_speech")
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory) -> list[dict]:
-    return make_rows(tmp_path_factory.mktemp("audio"))
 
 
 def build(model_dir: Path, **config):

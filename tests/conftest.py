@@ -1,0 +1,47 @@
+"""Fixtures of several test files."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mini import make_model, make_rows
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    return make_rows(tmp_path_factory.mktemp("audio"))
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator:
+    """disk("size=64k") -> a folder that is a disk of its own, mounted with these options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", options, "none", folder]
+        if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("may not mount a disk here")
+        return folder
+
+    yield mount
+    while folder.is_mount():
+        subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def read_only(tmp_path, disk) -> Path:
+    """A folder that cannot be written."""
+    if os.geteuid() == 0:  # who may write anywhere else
+        return disk("ro")
+    folder = tmp_path / "read only"
+    folder.mkdir(mode=0o555)
+    return folder
