@@ -9,10 +9,8 @@ import torch
 
 import ablation
 from common import write_json
-from mini import make_model, make_rows
+from mini import ROOT, make_model, make_rows
 from nano.config import flat_items, read_stage
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def write_scores(folder: Path, cer: float, alpha: float) -> Path:

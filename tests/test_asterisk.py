@@ -13,8 +13,8 @@ import pytest
 import soundfile
 
 import audio
+from mini import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 SOUNDS = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
 TRANSCRIPTS = Path("/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")
 

@@ -6,7 +6,6 @@ import socket
 import subprocess
 from unittest import mock
 
-import av
 import numpy as np
 import pytest
 import soundfile
@@ -14,26 +13,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import audio
+from sounds import encode, speech
 from telephone.resample import resample
-from test_telephone import speech
 
 RNG = np.random.default_rng(0)
 
 
 def tone(seconds, rate, hz=440.0, gain=0.3):
     return (gain * np.sin(2 * np.pi * hz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
-
-
-def encode(path, samples, rate, codec, layout="mono", **options):
-    """Write with PyAV, as a recorder would; options of the container."""
-    with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream(codec, rate=rate, layout=layout)
-        pcm = np.round(samples * 32767).astype(np.int16)[None]
-        frame = av.AudioFrame.from_ndarray(pcm, format="s16", layout=layout)
-        frame.rate = rate
-        resampler = av.AudioResampler(stream.format, layout, rate, frame_size=stream.codec_context.frame_size or None)
-        for part in [*resampler.resample(frame), *resampler.resample(None), None]:
-            container.mux(stream.encode(part))
 
 
 # --- names

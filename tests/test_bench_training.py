@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from common import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
+from mini import ROOT
 
 
 @pytest.mark.full

@@ -18,10 +18,10 @@ import audio
 import common
 import data_simulation
 from common import UserError
+from mini import ROOT
+from sounds import speech
 from telephone import channel, filters, noise
-from test_telephone import speech
 
-ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, str(ROOT / "local" / "data_simulation.py")]
 
 

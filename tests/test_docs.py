@@ -17,12 +17,12 @@ import audio
 from common import write_jsonl
 from corpus import OPTIONAL
 from corpus_filter import LIMITS
-from mini import ALPHABET, QUICK, STAGES, make_model
+from mini import ALPHABET, QUICK, ROOT, STAGES, make_model
 from nano.config import ACCEPTED
 from prepare_training_data import format_row, get_args
+from sounds import murmur
 from telephone.channel import apply, draw, load_config
 
-ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted(path for pattern in ("*.md", "docs/*.md", "data/*.md") for path in ROOT.glob(pattern))
 PAIRS = [(path.with_name(path.name.replace("_zh", "")), path) for path in DOCUMENTS if path.stem.endswith("_zh")]
 SOURCES = [path for pattern in ("local/**/*", "demo/*", "bench/*", "conf/**/*", "*.sh", "Makefile", "*.txt", "*.toml")
@@ -166,9 +166,7 @@ def test_helpers_that_messages_name_exist():
 def speak(folder: Path, name: str, rate: int, count: int) -> list[dict]:
     rows = []
     for number in range(count):
-        time = np.arange(round(rate * (1 + number % 5 / 5))) / rate
-        noise = np.random.default_rng([rate, number, len(name)]).normal(0, 0.05, len(time))
-        audio.write(folder / f"{name}{number}.wav", noise * (1.2 + np.sin(12 * time)), rate)
+        audio.write(folder / f"{name}{number}.wav", murmur(1 + number % 5 / 5, rate, [rate, number, len(name)]), rate)
         text = ALPHABET[number % 9 : number % 9 + 4]
         rows.append({"key": f"{name}{number}", "source": f"{name}{number}.wav", "target": text, "speaker": name})
     return rows

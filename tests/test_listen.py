@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,15 +14,13 @@ import soundfile
 
 import audio
 import listen
-from test_telephone import speech
-
-ROOT = Path(__file__).parent.parent
+from mini import ROOT, helper
+from sounds import speech
 
 
 def run(folder, *more):
-    command = [sys.executable, str(ROOT / "local/listen.py"), "--output", "out/index.html", *more]
-    command += ["--config", str(ROOT / "conf/telephone_channel.yaml")]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    channel = ROOT / "conf/telephone_channel.yaml"
+    return helper("listen.py", "--output", "out/index.html", *more, "--config", channel, cwd=folder)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ import nano.dataset
 from check_training import check_before
 from common import UserError, write_json, write_jsonl
 from mini import QUICK, arguments, make_model, train_here
+from sounds import speech
 from telephone import channel, noise
-from test_telephone import CONF, speech
+from test_telephone import CONF
 from test_training import build
 
 

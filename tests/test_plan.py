@@ -3,7 +3,6 @@
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import yaml
 from funasr.register import tables
@@ -13,8 +12,9 @@ import full_size
 import nano.dataset  # noqa: F401
 import plan
 from common import UserError, read_jsonl, write_json, write_jsonl
-from mini import ROOT, STAGES, make_model
+from mini import ROOT, STAGES, helper, make_model
 from nano.config import effective, read_stage
+from sounds import murmur
 
 BATCH = 700  # frames and tokens
 
@@ -29,9 +29,7 @@ def corpus(tmp_path_factory):
             rows = []
             for number in range(count):
                 key = f"{name}-{split}-{number}"
-                time = np.arange(round((1 + number / 10) * rate)) / rate
-                noise = np.random.default_rng([rate, number, len(split)]).normal(0, 0.05, len(time))
-                audio.write(home / f"{key}.wav", noise * (1.2 + np.sin(12 * time)), rate)
+                audio.write(home / f"{key}.wav", murmur(1 + number / 10, rate, [rate, number, len(split)]), rate)
                 rows.append({"key": key, "source": f"{key}.wav", "target": "一二三四", "speaker": key})
             write_jsonl(home / f"{name}_{split}.jsonl", rows)
             lines.append(f"{name}_{split}".upper() + f"={home}/{name}_{split}.jsonl")
@@ -53,11 +51,9 @@ def make_plan(monkeypatch, capsys, *arguments) -> dict[str, list[str]]:
 def epoch_written(corpus, stage):
     """Rows of the list that make_train_list.py writes from stage 0's output."""
     data, lists = corpus / "exp/data", corpus / f"stage{stage}"
-    subprocess.run(
-        [sys.executable, ROOT / "local/make_train_list.py", "--stage", str(stage),
-         "--data_dir", data, "--real_share", "0.3", "--no_speech_share", "0.1",
-         "--output", lists / "train.jsonl", "--valid_output", lists / "valid.jsonl"],
-        check=True, capture_output=True)  # fmt: skip
+    done = helper("make_train_list.py", "--stage", stage, "--data_dir", data, "--real_share", 0.3, "--no_speech_share",
+                  0.1, "--output", lists / "train.jsonl", "--valid_output", lists / "valid.jsonl")  # fmt: skip
+    assert done.returncode == 0, done.stderr
     return list(read_jsonl(lists / "train.jsonl"))
 
 
@@ -163,8 +159,7 @@ def test_a_plan_has_the_real_models_parameters_and_the_speed_that_was_measured(c
     (["--config", "nowhere.conf"], "--config nowhere.conf does not exist"),
 ])  # fmt: skip
 def test_what_cannot_be_planned_is_refused_in_one_line(tmp_path, arguments, message):
-    command = [sys.executable, ROOT / "local/plan.py", "--exp_output", tmp_path / "exp", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = helper("plan.py", "--exp_output", tmp_path / "exp", *arguments)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "exp").exists()
 

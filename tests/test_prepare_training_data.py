@@ -1,6 +1,7 @@
 """Stage 0 loses no row, writes nothing outside its folder, and survives what people and systems do to it."""
 
 import filecmp
+import functools
 import gzip
 import json
 import os
@@ -25,20 +26,14 @@ import audio
 from common import UserError, progress
 from corpus import group_rows, hash_share, read_rows
 from corpus_filter import TextRules, spoken_length
+from mini import ROOT, helper
 from prepare_training_data import main, text_lengths
+from sounds import encode, murmur
 from telephone.resample import resample
-from test_audio import encode
 
-ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf/data_filter.yaml"
 RULES = TextRules.load(CONF)
-
-
-def speech(seconds, rate, seed=0):
-    """Noise that comes and goes: no silence, no clipping, energy up to half the rate."""
-    rng = np.random.default_rng(seed)
-    n = round(seconds * rate)
-    return (rng.normal(0, 0.05, n) * (1.2 + np.sin(np.arange(n) / rate * 12))).astype(np.float32)
+command = functools.partial(helper, "prepare_training_data.py")
 
 
 def write_lines(path, rows):
@@ -49,12 +44,6 @@ def write_lines(path, rows):
 
 def read_lines(path):
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
-
-
-def command(*words, **options):
-    """Run the helper as a user does."""
-    line = [sys.executable, str(ROOT / "local/prepare_training_data.py"), *map(str, words)]
-    return subprocess.run(line, capture_output=True, text=True, cwd=ROOT, check=False, **options)
 
 
 def filtered(tmp_path, rows, *options, name="train"):
@@ -71,7 +60,7 @@ def corpus(tmp_path):
     """Six utterances of three speakers at 8 kHz."""
     rows = []
     for i in range(6):
-        soundfile.write(tmp_path / f"u{i}.wav", speech(2.0, 8000, i), 8000)
+        soundfile.write(tmp_path / f"u{i}.wav", murmur(2.0, 8000, i), 8000)
         rows.append({"key": f"u{i}", "source": f"u{i}.wav", "target": f"你好第{i}句话", "speaker": f"s{i % 3}"})
     return rows
 
@@ -137,9 +126,9 @@ def test_latin_letters_take_less_time_than_characters():
 def test_each_fault_has_its_reason_and_nothing_else_is_dropped(tmp_path, corpus):
     good = corpus[0]
     soundfile.write(tmp_path / "silent.wav", np.zeros(16000), 8000)
-    soundfile.write(tmp_path / "loud.wav", np.sign(speech(2, 8000)) * 0.999, 8000)
-    soundfile.write(tmp_path / "short.wav", speech(0.05, 8000), 8000)
-    soundfile.write(tmp_path / "copy.wav", speech(2.0, 8000, 1), 8000)
+    soundfile.write(tmp_path / "loud.wav", np.sign(murmur(2, 8000)) * 0.999, 8000)
+    soundfile.write(tmp_path / "short.wav", murmur(0.05, 8000), 8000)
+    soundfile.write(tmp_path / "copy.wav", murmur(2.0, 8000, 1), 8000)
     faults = {
         "annotation_error": {"target": "您好<ANNOTATION_ERROR>"}, "audio_missing": {"source": "none.wav"},
         "silent": {"source": "silent.wav"}, "clipped": {"source": "loud.wav"}, "too_short": {"source": "short.wav"},
@@ -155,7 +144,7 @@ def test_each_fault_has_its_reason_and_nothing_else_is_dropped(tmp_path, corpus)
 
 
 def test_dev_and_test_are_not_cut_by_rules_for_train(tmp_path, corpus):
-    soundfile.write(tmp_path / "long.wav", speech(121, 8000), 8000)
+    soundfile.write(tmp_path / "long.wav", murmur(121, 8000), 8000)
     soundfile.write(tmp_path / "silent.wav", np.zeros(16000), 8000)
     rows = [corpus[0] | {"key": name, "source": f"{name}.wav"} for name in ("long", "silent")]
     with mock.patch.object(audio, "read", side_effect=audio.read) as read:
@@ -183,7 +172,7 @@ def test_a_row_without_speech_gets_the_text_that_the_released_model_writes_for_s
 
 def test_what_leaks_from_dev_is_dropped_and_shared_text_is_not(tmp_path, corpus):
     filtered(tmp_path, corpus[:1], name="dev")
-    soundfile.write(tmp_path / "same.wav", speech(2.0, 8000, 0), 8000)
+    soundfile.write(tmp_path / "same.wav", murmur(2.0, 8000, 0), 8000)
     train = [
         corpus[1] | {"target": corpus[0]["target"]}, corpus[3], corpus[2] | {"source": "u0.wav"},
         corpus[2] | {"key": "copy", "source": "same.wav"},
@@ -200,7 +189,7 @@ def test_what_leaks_from_dev_is_dropped_and_shared_text_is_not(tmp_path, corpus)
 def test_a_copy_that_was_cut_is_known_by_names_alone_and_rows_without_them_are_said(tmp_path, corpus, caplog):
     filtered(tmp_path, corpus[:1], name="dev")
     assert "no call and no speaker" not in caplog.text
-    soundfile.write(tmp_path / "cut.wav", speech(2.0, 8000, 0)[80:], 8000)
+    soundfile.write(tmp_path / "cut.wav", murmur(2.0, 8000, 0)[80:], 8000)
     cut = corpus[0] | {"key": "cut", "source": "cut.wav"}
     nameless = {name: value for name, value in cut.items() if name not in ("call", "speaker")}
     for row, kept in ((cut, 0), (nameless, 1)):
@@ -310,9 +299,9 @@ LINE = (
 @pytest.fixture(scope="module")
 def waves(tmp_path_factory):
     folder = tmp_path_factory.mktemp("waves")
-    soundfile.write(folder / "good.wav", speech(1.0, 8000), 8000)
-    soundfile.write(folder / "stereo.wav", np.stack([speech(1.0, 8000, 1), speech(1.0, 8000, 2)], 1), 8000)
-    soundfile.write(folder / "cut.flac", speech(1.0, 8000), 8000)
+    soundfile.write(folder / "good.wav", murmur(1.0, 8000), 8000)
+    soundfile.write(folder / "stereo.wav", np.stack([murmur(1.0, 8000, 1), murmur(1.0, 8000, 2)], 1), 8000)
+    soundfile.write(folder / "cut.flac", murmur(1.0, 8000), 8000)
     (folder / "cut.flac").write_bytes((folder / "cut.flac").read_bytes()[:500])
     (folder / "text.wav").write_text("no audio")
     return folder
@@ -360,7 +349,7 @@ def test_malformed_input_through_the_command_line(tmp_path, corpus):
 
 
 def test_a_kaldi_folder_with_segments(tmp_path, monkeypatch):
-    soundfile.write(tmp_path / "call 1.wav", speech(9.0, 8000), 8000)
+    soundfile.write(tmp_path / "call 1.wav", murmur(9.0, 8000), 8000)
     (tmp_path / "wav.scp").write_text(f"rec1 {tmp_path}/call 1.wav\nrec2 sph2pipe -f wav x.sph |\n")
     lines = ("a rec1 0.5 2.5", "b rec1 3 -1", "c rec2 0 1", "d rec9 0 1", "e rec1 nan 2", "f rec1 0 1")
     write_lines(tmp_path / "segments", lines)
@@ -387,7 +376,7 @@ def test_a_kaldi_folder_with_segments(tmp_path, monkeypatch):
 
 
 def test_the_sides_of_a_kaldi_call_are_its_channels_and_a_mix_is_said(tmp_path):
-    sides = [speech(4.0, 8000, seed) for seed in range(3)]
+    sides = [murmur(4.0, 8000, seed) for seed in range(3)]
     soundfile.write(tmp_path / "stereo.wav", np.stack(sides[:2], 1), 8000)
     encode(tmp_path / "mono.amr", sides[2], 8000, "libopencore_amrnb")
     write_lines(tmp_path / "wav.scp", (f"{name} {tmp_path}/{file}" for name, file in
@@ -498,10 +487,10 @@ def test_a_formatted_row_is_what_funasr_reads(tmp_path, corpus):
 
 
 def test_stereo_calls_segments_and_rates_become_16_khz_mono(tmp_path):
-    left, right = speech(3.0, 48000, 1), speech(3.0, 48000, 2)
+    left, right = murmur(3.0, 48000, 1), murmur(3.0, 48000, 2)
     soundfile.write(tmp_path / "call.wav", np.stack([left, right], 1), 48000)
-    soundfile.write(tmp_path / "low.wav", speech(1.0, 11025), 11025)
-    soundfile.write(tmp_path / "whole.flac", speech(1.0, 16000), 16000)
+    soundfile.write(tmp_path / "low.wav", murmur(1.0, 11025), 11025)
+    soundfile.write(tmp_path / "whole.flac", murmur(1.0, 16000), 16000)
     rows = converted(tmp_path, [
         {"key": "l", "source": "call.wav", "target": "好", "channel": 0, "start": 1.0, "end": 2.505},
         {"key": "r", "source": "call.wav", "target": "好", "channel": 1},
@@ -533,7 +522,7 @@ def test_low_rates_need_do_upsample(tmp_path, corpus):
 
 def test_audio_that_is_no_window_of_the_features_goes_from_dev_too(tmp_path, corpus):
     for name, samples in (("short", 199), ("window", 200)):
-        soundfile.write(tmp_path / f"{name}.wav", speech(2.0, 8000)[:samples], 8000)
+        soundfile.write(tmp_path / f"{name}.wav", murmur(2.0, 8000)[:samples], 8000)
     rows = [corpus[0] | {"key": name, "source": f"{name}.wav"} for name in ("short", "window")]
     kept = converted(tmp_path, rows, "--do_upsample", "--max_reject_ratio", 0.5, name="dev")
     assert [(row["key"], row["speech_length"]) for row in kept] == [("window", 2)]
@@ -557,7 +546,7 @@ def test_the_same_key_in_train_and_dev_has_two_files(tmp_path, corpus):
 
 @pytest.mark.parametrize("name", ["a<|endofspeech|>b.wav", "a\nb.wav"])
 def test_a_path_that_would_break_the_prompt_is_copied(tmp_path, corpus, name):
-    soundfile.write(tmp_path / name, speech(1.0, 16000), 16000)
+    soundfile.write(tmp_path / name, murmur(1.0, 16000), 16000)
     rows = converted(tmp_path, [corpus[0] | {"source": name}])
     assert path_of(rows[0]) == str(tmp_path / "out/audio/train/u0.flac")
 
@@ -607,7 +596,7 @@ def test_validate_finds_each_fault_and_exits_1(tmp_path, corpus):
     assert done.returncode == 1 and "speaker 's1'" in done.stderr, "u1 and u4 are one person's"
     assert command("validate", "--input", train).returncode == 0
     rows = read_lines(train)
-    soundfile.write(tmp_path / "low.wav", speech(2.0, 8000), 8000)
+    soundfile.write(tmp_path / "low.wav", murmur(2.0, 8000), 8000)
     prompt = "<|startofspeech|>!{}<|endofspeech|>"
     faults = [
         ({"speech_length": 201}, "speech_length"), ({"text_length": 0}, "text_length"), ({"key": "u1"}, "was there"),
@@ -631,7 +620,7 @@ def test_validate_finds_each_fault_and_exits_1(tmp_path, corpus):
 def test_validate_reads_every_header_and_decodes_what_it_is_told_to(tmp_path, corpus):
     row = converted(tmp_path, corpus[:1], "--do_upsample")[0]
     rows = sorted((row | {"key": f"k{i}"} for i in range(2000)), key=lambda row: hash_share(row["key"]))
-    soundfile.write(tmp_path / "low.wav", speech(2.0, 8000), 8000)
+    soundfile.write(tmp_path / "low.wav", murmur(2.0, 8000), 8000)
     whole = Path(path_of(row)).read_bytes()
     (tmp_path / "damaged.flac").write_bytes(whole[: len(whole) // 2])
     prompt = "<|startofspeech|>!{}<|endofspeech|>"
@@ -680,8 +669,8 @@ def test_the_report_adds_up_and_says_when_it_does_not(tmp_path, corpus):
 
 @pytest.mark.parametrize(("offered", "count"), [("wideband", "2 telephone"), ("telephone", "1 wideband")])
 def test_the_report_counts_audio_of_another_band_than_offered(tmp_path, corpus, offered, count):
-    soundfile.write(tmp_path / "wide.wav", speech(2.0, 16000), 16000)
-    soundfile.write(tmp_path / "upsampled.wav", resample(speech(2.0, 8000, 7), 8000, 16000), 16000)
+    soundfile.write(tmp_path / "wide.wav", murmur(2.0, 16000), 16000)
+    soundfile.write(tmp_path / "upsampled.wav", resample(murmur(2.0, 8000, 7), 8000, 16000), 16000)
     rows = [corpus[0] | {"key": name, "source": f"{name}.wav"} for name in ("u0", "wide", "upsampled")]
     filtered(tmp_path, rows, "--expect_band", offered)
     output = tmp_path / "data/c/train_formatted.jsonl"
@@ -695,7 +684,7 @@ def test_the_report_shows_the_ten_that_are_furthest_from_the_limit(tmp_path, cor
     lengths = [2.1 + 0.1 * i for i in range(12)]
     random.Random(0).shuffle(lengths)
     for i, length in enumerate(lengths):
-        soundfile.write(tmp_path / f"w{i}.wav", speech(length, 8000, 50 + i), 8000)
+        soundfile.write(tmp_path / f"w{i}.wav", murmur(length, 8000, 50 + i), 8000)
     rows = [{"key": f"long{lengths[i]:.1f}", "source": f"w{i}.wav", "target": "你好世界"} for i in range(12)]
     filtered(tmp_path, [corpus[0], *rows], "--max_speech_length", 200)
     data = tmp_path / "data/c"
@@ -791,7 +780,7 @@ def test_data_prep_takes_ten_of_each_corpus_and_says_what_the_whole_would_take(t
             rows = []
             for i in range(15):
                 key = f"{name}-{split}-{i}"
-                soundfile.write(home / f"{key}.wav", speech(1.0, rate, len(rows) + 99 * len(name + split)), rate)
+                soundfile.write(home / f"{key}.wav", murmur(1.0, rate, len(rows) + 99 * len(name + split)), rate)
                 rows.append({"key": key, "source": f"{key}.wav", "target": "你好世界", "speaker": key})
             write_lines(home / f"{name}_{split}.jsonl", [*rows, "no json", rows[0] | {"key": "x", "target": "[noise]"}])
     build_folder(home / "base", "你好世界")
@@ -849,7 +838,7 @@ def test_changed_settings_or_input_after_a_kill_redo_the_files(tmp_path, corpus)
     wait_for_files(tmp_path / "out", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    soundfile.write(tmp_path / "u0.wav", speech(1.0, 8000, 9), 8000)
+    soundfile.write(tmp_path / "u0.wav", murmur(1.0, 8000, 9), 8000)
     rows = [row | {"source": "u5.wav"} if row["source"] == "u1.wav" else row for row in many(corpus, 400)]
     assert start_convert(tmp_path / "out", write_lines(source, rows), "--num_workers", 1).wait() == 0
     lengths = [row["speech_length"] for row in read_lines(tmp_path / "out/train_formatted.jsonl")]

@@ -11,11 +11,11 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from mini import ROOT
+
 STAND_IN = '''#!{python}
 import json, os, sys
 from pathlib import Path

@@ -2,20 +2,18 @@
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 import stage_status
 from common import UserError
-from mini import log_line
+from mini import helper, log_line
 from nano.train_log import read_log
 
-HELPER = Path(stage_status.__file__)
+command = functools.partial(helper, "stage_status.py")
 
 
 @pytest.fixture
@@ -37,10 +35,6 @@ def facts(root, *config):
 
 def check(root, *config, **options):
     return stage_status.check(str(root), 1, facts(root, *config), **options)
-
-
-def command(*arguments):
-    return subprocess.run([sys.executable, HELPER, *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
 def test_a_stage_that_never_ran_must_run(tmp_path):

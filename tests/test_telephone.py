@@ -16,6 +16,7 @@ from scipy.signal import firwin, lfilter
 
 import audio
 from common import UserError
+from sounds import speech
 from telephone import filters, noise
 from telephone.channel import CODED, apply, draw, load_config
 from telephone.codecs import CODECS, amr_decode, amr_encode, fitted, from_pcm, g711, opus_encode, to_pcm
@@ -29,22 +30,6 @@ KBPS["mp3"] = (8, 16, 24, 32)
 ROUND_TRIPS = [(name, kbps) for name in CODECS for kbps in KBPS.get(name, (None,))]
 DEFAULT = load_config(CONF)
 CLEAN = load_config(CONF, "clean-pcma")
-
-
-def speech(seconds, fs=16000, seed=0):
-    """Voiced and unvoiced syllables through moving formants, with pauses: speech to a codec and to a level meter."""
-    rng, parts = np.random.default_rng(seed), []
-    while sum(map(len, parts)) < seconds * fs:
-        count = int(fs * rng.uniform(0.12, 0.3))
-        pitch = np.cumsum(np.linspace(*rng.uniform(90, 240, 2), count) / fs)
-        source = np.diff(np.floor(pitch), prepend=0) + 0.03 * rng.standard_normal(count)
-        for centre, width in zip(rng.uniform((300, 900, 2300), (800, 2200, 3200)), (80, 120, 200), strict=True):
-            radius = np.exp(-np.pi * width / fs)
-            source = lfilter([1 - radius], [1, -2 * radius * np.cos(2 * np.pi * centre / fs), radius**2], source)
-        parts.append(source / np.abs(source).max() * np.hanning(count) * rng.uniform(0.3, 0.9))
-        if rng.random() < 0.2:
-            parts.append(np.zeros(int(fs * rng.uniform(0.1, 0.6))))
-    return np.concatenate(parts)[: int(seconds * fs)].astype(np.float32)
 
 
 def call(*arguments, **sources):

@@ -16,9 +16,9 @@ from common import UserError
 from mini import ROOT, helper, helper_here
 from miniature import build_folder
 from nano.inference import Recogniser, Utterance, read_conf
+from sounds import encode
 from speak_corpus import open_espeak
 from telephone.resample import resample
-from test_audio import encode
 
 CONF = read_conf(ROOT / "conf/decode.yaml") | {"max_new_tokens": 20}
 TEXTS = ["您好我的订单号是一二三四", "您的账户已经逾期了", "我要退款"]
