@@ -64,21 +64,25 @@ def make_model(folder: Path) -> Path:
     return build_folder(folder, ALPHABET, SMALL, seed=1)
 
 
+def formatted(key: str, path: Path, samples: np.ndarray, text: str, fs: int = 16000, prompt="语音转写：") -> dict:
+    """A row as stage 0 writes it, of samples that go to the path."""
+    audio.write(path, samples.astype(np.float32), fs)
+    user = f"{prompt}<|startofspeech|>!{path}<|endofspeech|>"
+    messages = [("system", "You are a helpful assistant."), ("user", user), ("assistant", text)]
+    return {
+        "key": key, "messages": [{"role": role, "content": content} for role, content in messages],
+        "speech_length": 100 * len(samples) // fs, "text_length": len(text),
+    }  # fmt: skip
+
+
 def make_rows(folder: Path, count: int = 12) -> list[dict]:
     """Formatted rows of noise of 1 to 2 seconds."""
     rng = np.random.default_rng(0)
     made = []
     for number in range(count):
-        samples = 16000 + 1600 * number
-        path = folder / f"utterance {number}.wav"
-        audio.write(path, (0.1 * rng.standard_normal(samples)).astype(np.float32), 16000)
+        samples = 0.1 * rng.standard_normal(16000 + 1600 * number)
         text = "".join(rng.choice(list(ALPHABET), 3 + number % 4))
-        user = f"语音转写：<|startofspeech|>!{path}<|endofspeech|>"
-        messages = [("system", "You are a helpful assistant."), ("user", user), ("assistant", text)]
-        made.append({
-            "key": f"u{number}", "messages": [{"role": role, "content": content} for role, content in messages],
-            "speech_length": samples // 160, "text_length": len(text),
-        })  # fmt: skip
+        made.append(formatted(f"u{number}", folder / f"utterance {number}.wav", samples, text))
     return made
 
 

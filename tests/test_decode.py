@@ -10,13 +10,12 @@ import time
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 
 import decode
 from common import UserError, read_jsonl, write_jsonl
 from decode import named, parse_row, transcript, utterance
-from mini import ROOT, helper, helper_here
+from mini import ROOT, formatted, helper, helper_here
 from miniature import build_folder
 from nano.inference import Recogniser, batches, read_conf
 
@@ -35,19 +34,10 @@ def test_set(tmp_path_factory):
     rng = np.random.default_rng(0)
     for number in range(24):
         samples = rng.standard_normal(int(16000 * rng.uniform(0.4, 4.0))) * rng.uniform(0.01, 0.3)
-        path = folder / f"{number}.wav"
-        soundfile.write(path, samples, 16000)
         prompt = "语音转写：" if number % 2 else "语音转写，不进行文本规整："
-        rows.append({
-            "key": f"utt{number:02d}", "speech_length": len(samples) // 160, "text_length": 5,
-            "speaker": f"s{number % 5}",
-            "channel": {"hop1": {"codec": "amr_nb"}, "g711": "alaw"},
-            "messages": [
-                {"role": "system", "content": "You are a helpful assistant."},
-                {"role": "user", "content": f"{prompt}<|startofspeech|>!{path}<|endofspeech|>"},
-                {"role": "assistant", "content": TEXT[number % 10 : number % 10 + 6]},
-            ],
-        })
+        text = TEXT[number % 10 : number % 10 + 6]
+        row = formatted(f"utt{number:02d}", folder / f"{number}.wav", samples, text, prompt=prompt)
+        rows.append(row | {"speaker": f"s{number % 5}", "channel": {"hop1": {"codec": "amr_nb"}, "g711": "alaw"}})
     write_jsonl(folder / "test.jsonl", rows)
     return folder / "test.jsonl", rows
 

@@ -15,9 +15,8 @@ import pytest
 import torch
 import yaml
 
-import audio
 from common import write_jsonl
-from mini import QUICK, ROOT, SMALL, arguments, curves, make_model, make_rows
+from mini import QUICK, ROOT, SMALL, arguments, curves, formatted, make_model, make_rows
 from miniature import build_folder
 
 ALPHABET = "一二三四五六七八九零"
@@ -60,12 +59,8 @@ def prepare(tmp_path: Path) -> Path:
         for split in ("train", "dev", "test"):
             rows = []
             for number in range(13):
-                path, count = tmp_path / f"{corpus}-{split}-{number}.wav", 16000 + 800 * number
-                audio.write(path, (0.1 * rng.standard_normal(count)).astype(np.float32), 16000)
-                user = f"语音转写：<|startofspeech|>!{path}<|endofspeech|>"
-                texts = [("system", "You are a helpful assistant."), ("user", user), ("assistant", "三五七")]
-                messages = [{"role": role, "content": content} for role, content in texts]
-                rows.append({"key": path.stem, "messages": messages, "speech_length": count // 160, "text_length": 3})
+                name, samples = f"{corpus}-{split}-{number}", 0.1 * rng.standard_normal(16000 + 800 * number)
+                rows.append(formatted(name, tmp_path / f"{name}.wav", samples, "三五七"))
             write_jsonl(tmp_path / "exp/data" / corpus / f"{split}_formatted.jsonl", rows)
     overlay = {
         "optim_conf": {"lr": 0.003}, "scheduler_conf": {"warmup_steps": 2},

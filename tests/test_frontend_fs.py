@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-import audio
 import decode
 from common import write_jsonl
-from mini import SMALL
+from mini import SMALL, formatted
 from miniature import build_folder
 
 
@@ -17,11 +16,7 @@ from miniature import build_folder
 def test_decoding_gives_the_encoder_the_features_of_training(tmp_path, monkeypatch, fs):
     model = build_folder(tmp_path / "model", "一二三四五", SMALL, seed=1)
     samples = 0.1 * np.random.default_rng(0).standard_normal(2 * fs)
-    audio.write(tmp_path / "a.wav", samples.astype(np.float32), fs)
-    user = f"语音转写：<|startofspeech|>!{tmp_path}/a.wav<|endofspeech|>"
-    texts = [("system", "You are a helpful assistant."), ("user", user), ("assistant", "三五")]
-    messages = [{"role": role, "content": content} for role, content in texts]
-    write_jsonl(tmp_path / "list.jsonl", [{"key": "a", "messages": messages, "speech_length": 200, "text_length": 2}])
+    write_jsonl(tmp_path / "list.jsonl", [formatted("a", tmp_path / "a.wav", samples, "三五", fs)])
 
     from funasr.models.sense_voice.model import SenseVoiceEncoderSmall
 

@@ -8,7 +8,7 @@ import audio
 import nano.dataset
 from check_training import check_before
 from common import UserError, write_json, write_jsonl
-from mini import QUICK, arguments, make_model, train_here
+from mini import QUICK, arguments, formatted, make_model, train_here
 from sounds import speech
 from telephone import channel, noise
 from test_telephone import CONF
@@ -23,13 +23,8 @@ def parts(tmp_path_factory):
     rows, pool = [], []
     for number in range(5):
         path = folder / f"{number}.wav"
-        audio.write(path, 0.5 * speech(1.5 + number / 10, seed=number), 16000)
-        user = f"语音转写：<|startofspeech|>!{path}<|endofspeech|>"
-        messages = [("system", "You are a helpful assistant."), ("user", user), ("assistant", "一二三")]
-        rows.append({
-            "key": f"u{number}", "messages": [{"role": role, "content": content} for role, content in messages],
-            "speech_length": 150 + 10 * number, "text_length": 3,
-        } | ({"channel": {"online": str(folder / "channel.json")}} if number < 4 else {}))  # fmt: skip
+        row = formatted(f"u{number}", path, 0.5 * speech(1.5 + number / 10, seed=number), "一二三")
+        rows.append(row | ({"channel": {"online": str(folder / "channel.json")}} if number < 4 else {}))
         pool.append(noise.Recording(f"u{number}", str(path)))
     settings = {"config": channel.load_config(CONF), "seed": 5, "output_fs": 16000, "pool": pool, "noises": []}
     write_json(folder / "channel.json", settings)
@@ -64,10 +59,7 @@ def test_an_epoch_has_the_features_of_the_calls_stage_0_writes(parts, with_chann
             if "channel" in row:
                 samples = channel.simulate(str(folder / "channel.json"), row["key"], samples, fs, data.epoch)
             path = tmp_path / f"{data.epoch}{row['key']}.flac"
-            audio.write(path, samples, fs)
-            messages = [dict(message) for message in row["messages"]]
-            messages[1]["content"] = f"语音转写：<|startofspeech|>!{path}<|endofspeech|>"
-            written.append({"key": row["key"], "messages": messages, "speech_length": 150, "text_length": 3})
+            written.append(formatted(row["key"], path, samples, "一二三"))
         online_now, offline = features(data), features(dataset(parts, written))
         assert all(torch.equal(a, b) for a, b in zip(online_now, offline, strict=True))
         seen.append(online_now)

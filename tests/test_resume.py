@@ -16,9 +16,8 @@ import pytest
 import torch
 import yaml
 
-import audio
 from common import write_jsonl
-from mini import ROOT, SMALL
+from mini import ROOT, SMALL, formatted
 from miniature import build_folder
 from nano.train_log import read_log
 
@@ -96,13 +95,9 @@ def corpus(tmp_path_factory) -> Path:
     build_folder(folder / "model", ALPHABET, SMALL, seed=1)
     rng, rows = np.random.default_rng(0), []
     for number in range(23):
-        count = 16000 + 800 * number
-        audio.write(folder / f"{number}.wav", (0.1 * rng.standard_normal(count)).astype(np.float32), 16000)
+        samples = 0.1 * rng.standard_normal(16000 + 800 * number)
         text = "".join(rng.choice(list(ALPHABET), 3))
-        user = f"语音转写：<|startofspeech|>!{folder}/{number}.wav<|endofspeech|>"
-        texts = [("system", "You are a helpful assistant."), ("user", user), ("assistant", text)]
-        messages = [{"role": role, "content": content} for role, content in texts]
-        rows.append({"key": f"u{number}", "messages": messages, "speech_length": count // 160, "text_length": 3})
+        rows.append(formatted(f"u{number}", folder / f"{number}.wav", samples, text))
     write_jsonl(folder / "list.jsonl", rows)
     (folder / "witness.py").write_text(WITNESS)
     return folder
