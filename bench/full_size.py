@@ -1,6 +1,6 @@
 """One forward and backward of each training stage at the size of Fun-ASR-Nano-2512, with random weights, on a CPU.
 
-    python bench/full_size.py --work exp_output/full_size --seconds 10 --utterances 2
+    python bench/full_size.py --work exp_output/full_size
 
 Builds a folder of the released layout and geometry (not its weights), takes each conf/stage*.yaml, and prints seconds
 and peak memory of a training step. Fails when a gradient is missing, not finite, or where none belongs.
@@ -29,6 +29,7 @@ from common import UserError, run, write_json, write_jsonl  # noqa: E402
 
 STAGES = ("stage1_encoder_adapt", "stage2_adapter_align", "stage3_lora_domain")
 ALPHABET = "您好请问订单号是多少一二三四五六七八九零"
+UTTERANCES, SECONDS = 2, 10  # of the batch
 # What the released config.yaml says where the miniature's says something smaller.
 GEOMETRY = {
     "size": {"encoder_dim": 512, "encoder_blocks": 50, "encoder_ffn": 2048, "adaptor_ffn": 2048, "ctc_ffn": 2048,
@@ -73,28 +74,28 @@ def stage_config(folder: Path, stage: str) -> dict[str, Any]:
     return effective(read_stage([ROOT / "conf" / f"{stage}.yaml"]), folder, 16000)
 
 
-def make_batch(kwargs: dict[str, Any], work: Path, seconds: float, utterances: int) -> dict[str, Any]:
+def make_batch(kwargs: dict[str, Any], work: Path) -> dict[str, Any]:
     """A training batch of noise with a text, by the real dataset and frontend."""
     from funasr.register import tables
 
     rng, rows = np.random.default_rng(0), []
-    for number in range(utterances):
+    for number in range(UTTERANCES):
         path = work / f"{number}.wav"
-        audio.write(path, (0.1 * rng.standard_normal(int(16000 * seconds))).astype(np.float32), 16000)
+        audio.write(path, (0.1 * rng.standard_normal(16000 * SECONDS)).astype(np.float32), 16000)
         user = f"语音转写：<|startofspeech|>!{path}<|endofspeech|>"
         texts = [("system", "You are a helpful assistant."), ("user", user), ("assistant", ALPHABET)]
         messages = [{"role": role, "content": content} for role, content in texts]
-        rows.append({"key": f"u{number}", "messages": messages, "speech_length": int(100 * seconds),
+        rows.append({"key": f"u{number}", "messages": messages, "speech_length": 100 * SECONDS,
                      "text_length": len(ALPHABET)})  # fmt: skip
     write_jsonl(work / "list.jsonl", rows)
     dataset = tables.dataset_classes["FunASR"](
         str(work / "list.jsonl"), frontend=kwargs["frontend"], tokenizer=kwargs["tokenizer"], is_training=True,
         **kwargs["dataset_conf"],
     )  # fmt: skip
-    return dataset.collator([dataset[index] for index in range(utterances)])
+    return dataset.collator([dataset[index] for index in range(UTTERANCES)])
 
 
-def step(stage: str, work: Path, seconds: float, utterances: int) -> None:
+def step(stage: str, work: Path) -> None:
     """Build the stage's model, run one training step without the optimiser, print what it took."""
     from funasr import AutoModel
 
@@ -102,7 +103,7 @@ def step(stage: str, work: Path, seconds: float, utterances: int) -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # on a CPU, whatever else the machine has
     config = stage_config(work / "model", stage)
     built, kwargs = AutoModel.build_model(**config | {"device": "cpu", "ncpu": torch.get_num_threads(), "seed": 0})
-    batch = make_batch(kwargs, work, seconds, utterances)
+    batch = make_batch(kwargs, work)
     built.train()
     ready = time.perf_counter()
     loss, _stats, _weight = built(**batch)
@@ -120,7 +121,7 @@ def step(stage: str, work: Path, seconds: float, utterances: int) -> None:
     counts = {module: count["trainable"] for module, count in count_parameters(built).items() if count["trainable"]}
     trained = ", ".join(f"{module} {count / 1e6:.2f} M" for module, count in counts.items())
     print(f"{stage}: trains {trained}; loss {loss.item():.2f}; built in {ready - began:.0f} s, forward "
-          f"{forward - ready:.1f} s, backward {done - forward:.1f} s for {utterances} x {seconds:g} s of audio, "
+          f"{forward - ready:.1f} s, backward {done - forward:.1f} s for {UTTERANCES} x {SECONDS} s of audio, "
           f"peak {peak:.1f} GiB")  # fmt: skip
 
 
@@ -128,21 +129,18 @@ def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="Folder for the model's config and the audio.")
     parser.add_argument("--stage", choices=STAGES, help="This stage only, in this process.")
-    parser.add_argument("--seconds", type=float, default=10.0, help="Length of an utterance.")
-    parser.add_argument("--utterances", type=int, default=2, help="Utterances in the batch.")
     return parser.parse_args()
 
 
 def main() -> None:
     args = get_args()
     if args.stage:
-        step(args.stage, args.work, args.seconds, args.utterances)
+        step(args.stage, args.work)
         return
     build_folder(args.work / "model")
     for stage in STAGES:  # a process each: a peak of memory is one of a process
-        command = [sys.executable, __file__, "--work", args.work, "--stage", stage, "--seconds", args.seconds,
-                   "--utterances", args.utterances]  # fmt: skip
-        if subprocess.run([str(part) for part in command], check=False).returncode:
+        command = [sys.executable, __file__, "--work", args.work, "--stage", stage]
+        if subprocess.run(command, check=False).returncode:
             raise UserError(f"{stage} failed; see the lines above")
 
 

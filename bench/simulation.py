@@ -30,6 +30,7 @@ import stage0
 from contenders import LOCAL, OURS, PEERS, simulator
 
 FILES = {"5s": (5, 200), "60s": (60, 20)}  # name: (seconds, files)
+ROUNDS, ROWS = 5, (1000, 100_000)  # turns, of which the best counts; corpora whose memory is compared
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
@@ -153,8 +154,6 @@ def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("exp_output/bench/simulation.json"), help="JSON to write.")
     parser.add_argument("--peers", default="", help="Python that has audiomentations and pedalboard.")
-    parser.add_argument("--rounds", type=int, default=5, help="Rounds of turns; the best counts.")
-    parser.add_argument("--rows", type=int, nargs=2, default=(1000, 100_000), help="Corpora whose memory is compared.")
     return parser.parse_args()
 
 
@@ -165,10 +164,10 @@ def main() -> None:
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="bench_", dir=place) as folder:
         make_files(Path(folder))
-        facts = measure(Path(folder), args.peers, args.rounds) | facts
-        facts["two_workers_speedup"] = round(two_workers(Path(folder), args.rounds), 2)
+        facts = measure(Path(folder), args.peers, ROUNDS) | facts
+        facts["two_workers_speedup"] = round(two_workers(Path(folder), ROUNDS), 2)
     with tempfile.TemporaryDirectory(prefix="bench_") as folder:  # 100,000 files are too many to hold in memory
-        facts["memory_peak_mib"] = {str(count): memory_peak(Path(folder), count) for count in args.rows}
+        facts["memory_peak_mib"] = {str(count): memory_peak(Path(folder), count) for count in ROWS}
     print("default mix to its bound:", facts["default_to_bound"])
     print("two workers to one:", facts["two_workers_speedup"])
     print("peak memory in MiB by rows:", facts["memory_peak_mib"])

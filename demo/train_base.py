@@ -31,9 +31,9 @@ def helper(name: str, *arguments: str | Path) -> None:
         raise UserError(f"{name} failed; see the lines above")
 
 
-def train_base(train: Path, dev: Path, extra: list[Path], output: Path, conf: list[Path], seed: int, fs: int) -> None:
+def train_base(train: Path, dev: Path, extra: list[Path], output: Path, conf: Path, seed: int) -> None:
     """Build and train the model folder `output`; its marker base_model.json is written last."""
-    inputs = {str(path): file_hash(path) for path in [train, dev, *extra, *conf]} | {"seed": seed, "frontend_fs": fs}
+    inputs = {str(path): file_hash(path) for path in [train, dev, *extra, conf]} | {"seed": seed}
     marker = output / "base_model.json"
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == inputs:
         logging.info("%s is trained already: nothing to do", output)
@@ -51,14 +51,14 @@ def train_base(train: Path, dev: Path, extra: list[Path], output: Path, conf: li
             helper(
                 "prepare_training_data.py", "convert", "--input", path, "--output", work / f"{name}.jsonl",
                 "--output_audio_dir", work / "audio", "--tokenizer", work / "model" / "Qwen3-0.6B",
-                "--text_style", "spoken", "--output_fs", fs,
+                "--text_style", "spoken",
             )  # fmt: skip
         write_json(state, inputs)
     helper(
-        "train.py", "--stage_conf", conf[0], *[part for path in conf[1:] for part in ("--overlay", path)],
+        "train.py", "--stage_conf", conf,
         "--model_dir", work / "model", "--init_checkpoint", work / "model" / "model.pt",
         "--train_list", work / "train.jsonl", "--valid_list", work / "dev.jsonl",
-        "--output_dir", work / "exp", "--frontend_fs", fs, "--seed", seed,
+        "--output_dir", work / "exp", "--seed", seed,
     )  # fmt: skip
     import torch
 
@@ -77,17 +77,14 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--dev", type=Path, required=True, help="Wideband JSONL that ranks checkpoints.")
     parser.add_argument("--alphabet", type=Path, nargs="*", default=[], help="More JSONL whose characters to include.")
     parser.add_argument("--output", type=Path, required=True, help="Model folder to write.")
-    parser.add_argument(
-        "--conf", type=Path, nargs="+", default=[ROOT / "conf/demo/base_model.yaml"], help="YAML, and overlays over it."
-    )
-    parser.add_argument("--frontend_fs", type=int, default=16000, help="Sampling rate of audio and features, Hz.")
+    parser.add_argument("--conf", type=Path, default=ROOT / "conf/demo/base_model.yaml", help="How it is trained.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of initial weights, order and dropout.")
     return parser.parse_args()
 
 
 def main() -> None:
     args = get_args()
-    train_base(args.train, args.dev, args.alphabet, args.output, args.conf, args.seed, args.frontend_fs)
+    train_base(args.train, args.dev, args.alphabet, args.output, args.conf, args.seed)
 
 
 if __name__ == "__main__":
