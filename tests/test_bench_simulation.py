@@ -2,18 +2,14 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
 
-BENCH = Path(__file__).resolve().parent.parent / "bench"
-sys.path.insert(0, str(BENCH))
-
-import contenders  # noqa: E402
-import simulation  # noqa: E402
+import contenders
+import simulation
 
 
 @pytest.fixture

@@ -37,16 +37,6 @@ def check(root, *config, **options):
     return stage_status.check(str(root), 1, facts(root, *config), **options)
 
 
-def test_a_stage_that_never_ran_must_run(tmp_path):
-    assert stage_status.check(str(tmp_path), 0, facts(tmp_path))[0] == stage_status.MUST_RUN
-
-
-def test_a_finished_stage_with_nothing_changed_has_nothing_to_do(experiment):
-    code, reason = check(experiment)
-    assert code == stage_status.NOTHING_TO_DO
-    assert "nothing to do" in reason
-
-
 def test_touching_a_file_without_changing_it_changes_nothing(experiment):
     os.utime(experiment / "list.jsonl", (1, 1))
     assert check(experiment)[0] == stage_status.NOTHING_TO_DO
@@ -57,13 +47,6 @@ def test_a_change_is_named(experiment):
     code, reason = check(experiment, "SEED=1")
     assert code == stage_status.MUST_REDO
     assert "SEED 0 -> 1" in reason and "list.jsonl changed" in reason and "stage.yaml" not in reason
-
-
-def test_a_change_that_would_replace_work_is_refused_in_one_line(experiment):
-    with pytest.raises(UserError, match="SEED 0 -> 1.*--force true") as refused:
-        check(experiment, "SEED=1", refuse=True)
-    assert refused.value.code == 1
-    assert check(experiment, "SEED=1", refuse=True, force=True)[0] == stage_status.MUST_REDO
 
 
 def test_an_input_that_disappeared_is_a_change(experiment):
