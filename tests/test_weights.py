@@ -100,26 +100,26 @@ def test_a_broken_checkpoint_is_one_line_and_leaves_nothing(tmp_path, content):
     assert not (tmp_path / "y.pt").exists()
 
 
-def score_row(model, test_set, errors, characters=1000):
-    return {"model": model, "test_set": test_set, "characters": characters, "substitutions": errors, "deletions": 0,
-            "insertions": 0}
+def score_row(model, test_set, cer):
+    return {"model": model, "test_set": test_set, "cer": cer}
 
 
 def test_the_best_telephone_model_within_the_wideband_budget_is_chosen():
-    rows = [score_row("base", "wideband_dev", 50)]
-    for alpha, simulated, real, wideband in (("0.25", 300, 30, 52), ("0.50", 200, 20, 58), ("1.00", 100, 10, 90)):
+    rows = [score_row("base", "wideband_dev", 0.050)]
+    for alpha, simulated, real, wideband in (("0.25", 0.3, 0.4, 0.052), ("0.50", 0.2, 0.3, 0.058),
+                                             ("1.00", 0.1, 0.2, 0.090)):  # fmt: skip
         rows += [score_row(f"alpha_{alpha}", "simulated_dev", simulated),
-                 score_row(f"alpha_{alpha}", "real_dev", real, characters=100),
+                 score_row(f"alpha_{alpha}", "real_dev", real),
                  score_row(f"alpha_{alpha}", "wideband_dev", wideband)]
     assert choose_alpha(rows, 0.01)["alpha"] == 0.5
     choice = choose_alpha(rows, 0.05)
     assert choice["alpha"] == 1.0
     assert [point["alpha"] for point in choice["curve"]] == [0.25, 0.5, 1.0]
-    assert choice["curve"][0]["telephone_cer"] == pytest.approx(330 / 1100)  # pooled by characters, not averaged
+    assert choice["curve"][0]["telephone_cer"] == pytest.approx(0.35)
     choice = choose_alpha(rows, 0.00125)
     assert choice["alpha"] == 0.25 and "0.125 % wideband CER; this one loses least" in choice["reason"]
 
 
 def test_without_wideband_dev_nothing_is_chosen():
     with pytest.raises(UserError, match="wideband_dev"):
-        choose_alpha([score_row("alpha_0.50", "real_dev", 20), score_row("base", "real_dev", 10)], 0.01)
+        choose_alpha([score_row("alpha_0.50", "real_dev", 0.2), score_row("base", "real_dev", 0.1)], 0.01)
