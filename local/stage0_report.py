@@ -28,37 +28,43 @@ USER = re.compile(r"[^<]*<\|startofspeech\|>!(/.+)<\|endofspeech\|>")
 
 def validate(args: argparse.Namespace) -> None:
     """Check formatted files; UserError with the number of problems, after the first ten of them."""
-    problems = list(check_files(args.input, args.fs, args.check_audio))
-    for problem in problems[:SHOWN]:
-        logging.error("%s", problem)
-    if problems:
-        raise UserError(f"{len(problems)} problems in {', '.join(args.input)}; the first is: {problems[0]}")
+    count, first = 0, ""
+    for count, problem in enumerate(check_files(args.input, args.fs, args.check_audio), 1):
+        first = first or problem
+        if count <= SHOWN:
+            logging.error("%s", problem)
+    if count:
+        raise UserError(f"{count} problems in {', '.join(args.input)}; the first is: {first}")
     logging.info("%d files are valid", len(set(args.input)))
 
 
 def check_files(paths: list[str], fs: int, check_all: bool) -> Iterator[str]:
     """Yield the problems of formatted files: structure, audio, lengths, a key twice in a set, leakage between sets."""
-    owners: dict[int, str] = {}  # the set that a name or a path, by its hash, was last met in
+    seen: defaultdict[str, set[int]] = defaultdict(set)  # hashes of names and paths, by role
     for path in dict.fromkeys(paths):  # one given twice is no leak
-        name, folder, total, keys = Path(path).stem, os.path.dirname(path), count_rows(path), set[str]()
+        name, total, valid = Path(path).stem, count_rows(path), 0
         role = next((split for split in ("train", "dev", "test") if split in re.split("[_-]", name)), name)
         for number, row in enumerate(progress(read_jsonl(path), total, f"validate {name}"), 1):
             if problem := structure_problem(row):
                 yield f"{path}:{number}: {problem}"
                 continue
-            if row["key"] in keys:
-                yield f"{path}:{number}: key {row['key']!r:.100} was there before"
-            keys.add(row["key"])
-            # Calls and speakers are names within one corpus (folder); a path is a path everywhere.
-            for what, value, place in (("call", row.get("call"), folder), ("speaker", row.get("speaker"), folder),
-                                       ("audio", audio_path(row), ""), ("audio", row.get("wideband_source"), "")):
-                mark = hash(f"{what} {value} {place}")
-                if value and owners.get(mark, role) != role:
-                    yield f"{path}:{number}: {what} {value!r:.100} is in {owners[mark]} too"
-                owners[mark] = role
+            valid += 1
+            # Keys, calls and speakers are names within one corpus (folder); a path is a path everywhere.
+            names = [(what, row.get(what), os.path.dirname(path)) for what in ("key", "call", "speaker")]
+            names += [("audio", audio_path(row), ""), ("audio", row.get("wideband_source"), "")]
+            for what, value, place in names:
+                text = hash(f"{what} {value} {place}")
+                if text in seen[role]:
+                    if what == "key":
+                        yield f"{path}:{number}: key {value!r:.100} was there before"
+                elif value:
+                    seen[role].add(text)
+                    owners = (owner for owner in seen if owner != role and text in seen[owner])
+                    for owner in owners if what != "key" else ():  # a key is unique in its file, and only there
+                        yield f"{path}:{number}: {what} {value!r:.100} is in {owner} too"
             if problem := audio_problem(row, fs, check_all or hash_share(row["key"]) * total < SAMPLE):
                 yield f"{path}:{number}: {problem}"
-        if not keys:
+        if not valid:
             yield f"{path}: no valid rows"
 
 
