@@ -24,7 +24,7 @@ import yaml
 
 import audio
 from common import UserError, parallel, progress
-from corpus import Entry, count_rows, filtered_rows, on_row, open_ledger, read_rows, segment, unique
+from corpus import Entry, Seen, count_rows, filtered_rows, on_row, open_ledger, read_rows, segment, unique
 
 CJK = "々〇\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff\U00020000-\U0003134f"
 WIDE = CJK + "\u3001\u3002，！？：；（）《》「」『』【】…"
@@ -122,7 +122,7 @@ def filter_corpus(args: argparse.Namespace) -> None:
     others = read_others(args.against, args.against_audio)
     settings = {"rules": rules, "check_text": args.filter_annotation_error == "true", "offered": args.expect_band}
     work = functools.partial(on_row, functools.partial(inspect, limits=train_limits(args, rules, total), **settings))
-    heard, wrong, mixed, nameless = set[str](), 0, 0, 0
+    heard, wrong, mixed, nameless = Seen(), 0, 0, 0
     with open_ledger(args.output, args.max_reject_ratio) as ledger:
         inspected = parallel(work, unique(read_rows(args.input)), args.num_workers, args.dask_scheduler)
         for entry in progress(inspected, total, f"filter {args.split}"):
@@ -220,7 +220,7 @@ def _identities(row: dict[str, Any]) -> list[tuple[str, str]]:
     return [(what, row[field]) for field, what in fields.items() if row.get(field)]
 
 
-def find_copy(row: dict[str, Any], heard: set[str], others: dict[tuple[str, str], str]) -> tuple[str, str] | None:
+def find_copy(row: dict[str, Any], heard: Seen, others: dict[tuple[str, str], str]) -> tuple[str, str] | None:
     """Reason and detail of what a row shares with an earlier one or with other sets, or None."""
     if row["audio_hash"] in heard:
         return "duplicate_audio", f"the same audio came before under another key: {row['source']}"

@@ -18,7 +18,7 @@ import numpy as np
 
 import audio
 from common import UserError, atomic_write, progress, read_jsonl
-from corpus import count_rows, hash_share, read_rows
+from corpus import Seen, count_rows, hash_share, read_rows
 
 SAMPLE = 200  # files that are decoded again; all of them with --check_audio
 SHOWN = 10
@@ -40,7 +40,7 @@ def validate(args: argparse.Namespace) -> None:
 
 def check_files(paths: list[str], fs: int, check_all: bool) -> Iterator[str]:
     """Yield the problems of formatted files: structure, audio, lengths, a key twice in a set, leakage between sets."""
-    seen: defaultdict[str, set[int]] = defaultdict(set)  # hashes of names and paths, by role
+    seen: defaultdict[str, Seen] = defaultdict(Seen)  # names and paths, by role
     for path in dict.fromkeys(paths):  # one given twice is no leak
         name, total, valid = Path(path).stem, count_rows(path), 0
         role = next((split for split in ("train", "dev", "test") if split in re.split("[_-]", name)), name)
@@ -53,7 +53,7 @@ def check_files(paths: list[str], fs: int, check_all: bool) -> Iterator[str]:
             names = [(what, row.get(what), os.path.dirname(path)) for what in ("key", "call", "speaker")]
             names += [("audio", audio_path(row), ""), ("audio", row.get("wideband_source"), "")]
             for what, value, place in names:
-                text = hash(f"{what} {value} {place}")
+                text = f"{what} {value} {place}"
                 if text in seen[role]:
                     if what == "key":
                         yield f"{path}:{number}: key {value!r:.100} was there before"

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 import audio
 from common import UserError, progress
-from corpus import group_rows, hash_share, read_rows
+from corpus import Seen, group_rows, hash_share, read_rows
 from corpus_filter import TextRules, spoken_length
 from mini import ROOT, helper
 from prepare_training_data import main, text_lengths
@@ -343,6 +343,19 @@ def test_malformed_input_through_the_command_line(tmp_path, corpus):
     done = command("filter", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "o.jsonl", "--num_workers", 2)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert (len(read_lines(tmp_path / "o.jsonl")), len(read_lines(tmp_path / "rejected_o.jsonl"))) == (6, 5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 6000).map(str), max_size=40), st.integers(0, 5000))
+def test_a_compact_set_is_a_set(texts, before):
+    seen, expected = Seen(), {str(i) for i in range(before)}
+    for text in expected:
+        seen.add(text)
+    for text in texts:
+        assert (text in seen) == (text in expected)
+        if text not in seen:
+            seen.add(text)
+            expected.add(text)
 
 
 # --- Kaldi
