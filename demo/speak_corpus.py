@@ -49,9 +49,9 @@ VOICES = {
     "train": "m1 m2 m3 m4 m7 f1 Andy Denis Michael linda steph steph3 aunty Nguyen",
     "dev": "m6 Annie Reed",
     "test": "m5 m8 f4",
-    "calls_train": "paul edward belinda Lee david steph2 Andrea Mario Gene quincy Jacky Henrique Mike",
+    "calls_train": "paul edward Lee david anika steph2 Andrea Mario Gene quincy Jacky Henrique Mike",
     "calls_dev": "ed shelby rob",
-    "calls_test": "ian anika travis",
+    "calls_test": "ian belinda travis",
 }
 # name: (shares of kinds of sentences, voices, utterances, held out: texts with slots, which no other set has)
 SETS = {

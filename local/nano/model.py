@@ -3,7 +3,7 @@
 Importing this module registers the class under FunASR's own name, so a model folder's `model: FunASRNano` builds it.
 What differs from funasr/models/fun_asr_nano/model.py (1.4.16):
   * `forward` adds ctc_weight x CTC loss (encoder -> ctc_decoder -> ctc); upstream has none, so CTC weights never moved;
-  * SpecAugment leaves a row alone that it would take over a quarter of: upstream's masks know nothing of lengths;
+  * SpecAugment takes no frame of a row of which it would take over a quarter: upstream's masks know nothing of lengths;
   * frozen modules stay in eval mode when the trainer calls train(): upstream turned their dropout on;
   * LoRA parameters are fp32 beside a bf16 LLM: in bf16 steps of 1e-5 are rounded away;
   * logits are computed where a label is, not at all positions x 151,936 symbols. Same loss, less memory;
@@ -172,13 +172,14 @@ class FunASRNano(stock.FunASRNano):
 
 
 def spare_short(speech: torch.Tensor, masked: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Rows of `masked`, (batch, frames, dim); of `speech` where over a quarter of a row's frames is masked.
+    """`masked`, (batch, frames, dim), with the frames of `speech` again in rows of which over a quarter was taken.
 
     SpecAugment's paper bounds a mask by a share of the utterance, for the same reason: in a batch of short turns a mask
     of half a second takes whole words, whose text is still asked for.
     """
-    gone = ((masked == 0).all(2) & inside(lengths, speech.shape[1])).sum(1) > SPARED * lengths
-    return torch.where(gone[:, None, None], speech, masked)
+    gone = (masked == 0).all(2) & inside(lengths, speech.shape[1])
+    too_many = gone.sum(1, keepdim=True) > SPARED * lengths[:, None]
+    return torch.where((gone & too_many)[:, :, None], speech, masked)
 
 
 def place_speech(
