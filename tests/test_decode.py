@@ -307,7 +307,7 @@ def test_that_one_agent_in_every_call_leaves_no_interval_is_said(tmp_path):
     rows = transcript_rows("final", "real_test", ["好", "的"] * 2, ["好"] * 4)
     rows = [row | {"call": f"c{n // 2}", "speaker": "agent" if n % 2 else f"s{n}"} for n, row in enumerate(rows)]
     write_jsonl(tmp_path / "t/final.real_test.jsonl", rows)
-    done = helper(sys.executable, "local/score.py", "--transcripts", tmp_path / "t", "--output", tmp_path / "s.json")
+    done = helper("score.py", "--transcripts", tmp_path / "t", "--output", tmp_path / "s.json")
     assert done.stderr.count("real_test: no intervals, as all its rows share a call or a speaker") == 1
     assert [json.loads((tmp_path / "s.json").read_text())[0][name] for name in ("cer", "cer_low")] == [0.5, None]
 
