@@ -255,12 +255,13 @@ def group_rows(rows: list[dict[str, Any]], by: Iterable[str]) -> list[list[int]]
     from scipy.sparse import coo_array  # slow to import, and nothing else here needs it
     from scipy.sparse.csgraph import connected_components
 
-    rows = [row | {"source": os.path.realpath(row["source"])} for row in rows]
+    shared = [{name: row.get(name) for name in by} | {"source": row.get("source") and os.path.realpath(row["source"])}
+              for row in rows]  # fmt: skip
     values: dict[tuple[str, str], int] = {}
-    pairs = [(i, values.setdefault((name, row[name]), len(rows) + len(values)))
-             for i, row in enumerate(rows) for name in (*by, "source") if row.get(name)]
+    pairs = [(i, values.setdefault((name, value), len(rows) + len(values)))
+             for i, row in enumerate(shared) for name, value in row.items() if value]
     size = len(rows) + len(values)
-    graph = coo_array((np.ones(len(pairs)), np.transpose(pairs)), (size, size))
+    graph = coo_array((np.ones(len(pairs)), np.array(pairs, int).reshape(-1, 2).T), (size, size))
     label = connected_components(graph, directed=False)[1]
     order = sorted(range(len(rows)), key=label.__getitem__)
     return [list(group) for _, group in itertools.groupby(order, key=label.__getitem__)]

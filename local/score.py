@@ -54,7 +54,7 @@ class Scored:
         self.found = np.minimum(self.wanted, self.heard)
         # What shares a call or a speaker, directly or by way of others, is drawn together; else an utterance by itself.
         self.clusters = np.zeros(len(rows), np.int64)
-        for number, group in enumerate(group_rows([row | {"source": row["key"]} for row in rows], ("call", "speaker"))):
+        for number, group in enumerate(group_rows(rows, ("call", "speaker"))):
             self.clusters[group] = number
 
     def summary(self, base: Scored | None, resamples: int) -> dict[str, Any]:
