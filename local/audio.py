@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
-from common import atomic_write
+from common import atomic_write, first_line
 
 SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 UNKNOWN_LENGTH = 1 << 40  # libsndfile's frame count of a streamed FLAC, whose header has no length, is far above
@@ -245,7 +245,7 @@ def _decode_whole(path: str, _modified: int) -> tuple[np.ndarray, int]:
         except AudioError:
             raise
         except Exception as error:  # libraries with their own exceptions for a file they cannot read
-            errors.append(str(error).splitlines()[0] if str(error) else type(error).__name__)
+            errors.append(first_line(error))
     raise AudioError("audio_unreadable", f"{path}: {'; '.join(errors)}")
 
 

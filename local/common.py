@@ -64,6 +64,11 @@ def run(main: Callable[[], None]) -> None:
     sys.exit(code)
 
 
+def first_line(error: Exception) -> str:
+    """What a library's exception says, in its first line; its name where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def between(low: float, high: float) -> Callable[[str], float]:
     """A type of argparse: a number from `low` to `high`."""
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 import audio
-from common import UserError, atomic_write, read_jsonl
+from common import UserError, atomic_write, first_line, read_jsonl
 
 OPTIONAL = ("raw_target", "speaker", "call", "language", "corpus", "band", "offered", "wideband_source")
 FIELDS = ("key", "source", "target", *OPTIONAL, "channel", "start", "end")
@@ -157,7 +157,7 @@ def _read_jsonl(path: Path) -> Iterator[Entry]:
                 given = _parse(line)
             except (ValueError, RecursionError) as error:
                 shown = line.decode("utf-8", "replace").rstrip("\r\n")
-                yield Entry(shown, None, "bad_json", f"line {number}: {str(error).splitlines()[0]:.200}")
+                yield Entry(shown, None, "bad_json", f"line {number}: {first_line(error):.200}")
             else:
                 yield check_row(given, base)
 

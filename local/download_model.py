@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import UserError, atomic_write, run, write_json
+from common import UserError, atomic_write, first_line, run, write_json
 from nano import weights
 from nano.config import build_on_meta, effective
 
@@ -81,7 +81,7 @@ def download(model: str) -> Path:
         try:
             return Path(snapshot_download(model)).resolve()
         except Exception as error:  # of network, id, access or a hub that is busy: each client has its own
-            failures.append(f"{hub}: {str(error).splitlines()[0][:200]}")
+            failures.append(f"{hub}: {first_line(error)[:200]}")
     name = model.split("/")[1]
     cache = Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser() / "models" / model
     raise UserError(
@@ -135,7 +135,7 @@ def check_tokenizer(folder: str) -> None:
     try:
         AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # by file missing or damaged
-        raise UserError(f"{folder}: the tokenizer does not load ({str(error).splitlines()[0][:160]}); "
+        raise UserError(f"{folder}: the tokenizer does not load ({first_line(error)[:160]}); "
                         "download the model again") from error
 
 

@@ -171,6 +171,17 @@ def test_a_hub_that_refuses_is_one_line_and_the_other_is_asked(no_hub, monkeypat
     assert error.startswith(f"error: {MODEL}") and error.count(str(status)) >= 2, done.stderr
 
 
+def test_an_error_of_a_hubs_client_without_words_is_called_by_its_name(no_hub, monkeypatch):
+    def fail(_model):
+        raise AssertionError
+
+    monkeypatch.setattr(download_model, "reachable", lambda _address: True)
+    for client in ("modelscope", "huggingface_hub"):
+        monkeypatch.setattr(f"{client}.snapshot_download", fail)
+    with pytest.raises(UserError, match="ModelScope: AssertionError; Hugging Face: AssertionError"):
+        download_model.find_model(MODEL)
+
+
 @pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "nowhere", "a/b/c"])
 def test_what_is_neither_a_folder_nor_an_id_is_refused(no_hub, model):
     with pytest.raises(UserError, match="neither") as refused:
