@@ -68,8 +68,7 @@ needs_model() {  # -> MODEL_DIR
 stage_-1() {
   TITLE="$MODEL -> checked model folder, named in $EXP_OUTPUT/model/model_dir.txt"
   READS=("$MODEL/config.yaml" "$MODEL/model.pt") SETTINGS=(MODEL) FOLDERS=()
-  WRITES=("$EXP_OUTPUT/model/model_dir.txt" "$EXP_OUTPUT/model/check.json") LOG=$EXP_OUTPUT/logs/stage-1.log
-  run_stage -1 get_model
+  WRITES=("$EXP_OUTPUT"/model/{model_dir.txt,check.json}) LOG=$EXP_OUTPUT/logs/stage-1.log; run_stage -1 get_model
 }
 get_model() { "$PYTHON" local/download_model.py --model "$MODEL" --output "$EXP_OUTPUT/model"; }
 
@@ -95,8 +94,8 @@ prepare_data() {
   local simulate=("$PYTHON" local/data_simulation.py --config "$CHANNEL_CONF" --output_fs "$FRONTEND_FS"
     --seed "$SEED" "${LIMITED[@]}" ${BG_NOISE_SCP:+--bg_noise_scp "$BG_NOISE_SCP"})
   for split in train dev test; do
-    "${simulate[@]}" --input "$WORK/raw_$split.jsonl" --output "$WORK/simulated_$split.jsonl" --output_audio_dir \
-      "$SIM/audio" ${on[$split$ONLINE_CHANNEL]:+--online}
+    "${simulate[@]}" --input "$WORK/raw_$split.jsonl" --output "$WORK/simulated_$split.jsonl" --split "$split" \
+      --output_audio_dir "$SIM/audio" ${on[$split$ONLINE_CHANNEL]:+--online}
     convert "$WORK/simulated_$split.jsonl" "$SIM" "$split" audio "$WORK"/rejected_{raw,simulated}_"$split"*.jsonl
     convert "$WORK/real_$split.jsonl" "$REAL" "$split" audio_upsampled "$WORK"/rejected_real_"$split"*.jsonl
     convert "$WORK/raw_$split.jsonl" "$WIDE" "$split" audio "$WORK"/rejected_raw_"$split"*.jsonl
@@ -106,7 +105,8 @@ prepare_data() {
 }
 validate() { "${PREPARE[@]}" validate --fs "$FRONTEND_FS" --input "${TRAIN_DATA[@]}" "${TEST_DATA[@]}"; }
 no_speech() {  # SPLIT COUNT -> calls on which nobody speaks
-  "${simulate[@]}" --no_speech_probe "$2" --output "$WORK/no_speech_$1.jsonl" --output_audio_dir "$SILENCE/audio"
+  "${simulate[@]}" --no_speech_probe "$2" --split "$1" --output "$WORK/no_speech_$1.jsonl" \
+    --output_audio_dir "$SILENCE/audio"
   convert "$WORK/no_speech_$1.jsonl" "$SILENCE" "$1" audio "$WORK/rejected_no_speech_$1.jsonl"
 }
 

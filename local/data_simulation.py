@@ -20,6 +20,7 @@ import hashlib
 import heapq
 import itertools
 import json
+import logging
 import os
 from collections.abc import Iterator
 from importlib import metadata
@@ -36,6 +37,7 @@ from telephone.channel import apply, draw, load_config
 from telephone.resample import resample
 
 POOL = 200  # utterances that babble is made of
+SPLITS = ("train", "dev", "test")
 SILENT = "no speech in the telephone band above the idle noise of a line"
 Job = dict[str, Any]
 
@@ -59,6 +61,7 @@ def get_args(command: list[str] | None = None) -> argparse.Namespace:
     add("--snr_db_min", type=float, help="Lowest SNR of background noise in dB; with it, every SNR is as likely.")
     add("--snr_db_max", type=float, help="Highest SNR of background noise in dB; with it, every SNR is as likely.")
     add("--bg_noise_scp", type=Path, help="Kaldi wav.scp of noise recordings to use as background noise.")
+    add("--split", choices=SPLITS, help="Of the noise recordings, those of this split alone. Default: all.")
     add("--no_noise", action="store_true", help="No background noise, line noise, hum or echo.")
     add("--no_codec", action="store_true", help="No codec and no packet loss.")
     add("--no_speech_probe", type=int, metavar="N", help="Write N calls without speech instead of reading --input.")
@@ -178,13 +181,27 @@ def _is_voice(voice: noise.Recording) -> bool:
     return samples.size >= fs / 2 and noise.active_level(samples, fs) > noise.SILENT_DBOV
 
 
+def of_split(noises: list[noise.Recording], split: str | None) -> list[noise.Recording]:
+    """The noise recordings of one split, by a hash of their keys: a tenth each for dev and test, train the rest.
+
+    Else a model would be scored in the noises it was trained in. Without a split, or of fewer than three: all.
+    """
+    if split is None or len(noises) < len(SPLITS):
+        if split:
+            logging.warning("%d noise recordings cannot be shared out: train, dev and test hear the same", len(noises))
+        return noises
+    order = sorted(noises, key=lambda recording: hash_share(f"noise {recording.key}"))
+    tenth = -(-len(order) // 10)
+    return {"dev": order[:tenth], "test": order[tenth : 2 * tenth], "train": order[2 * tenth :]}[split]
+
+
 def make_job(args: argparse.Namespace) -> Job:
     """Everything a worker needs besides its rows; `identity` is a hash of all that the audio depends on."""
     presets = [args.preset, args.codec_type, args.no_noise and "no_noise", args.no_codec and "no_codec"]
     edges = {name: getattr(args, name) for name in ("low_freq", "high_freq", "snr_db_min", "snr_db_max")}
     load = functools.partial(load_config, args.config, *filter(None, presets), **edges)
     load()  # a mistake there is told before a long manifest is read
-    noises = noise.read_scp(args.bg_noise_scp) if args.bg_noise_scp else []
+    noises = of_split(noise.read_scp(args.bg_noise_scp), args.split) if args.bg_noise_scp else []
     count = args.no_speech_probe or count_rows(args.input)
     if count == 0:
         raise UserError(f"--input {args.input} has no rows", code=1)

@@ -249,6 +249,26 @@ def test_own_noise_flags_and_presets_reach_the_channel(corpus):
         assert plan["g711"] == "none" and not {"noise", "hop1", "hop2", "recorder"} & set(plan)
 
 
+def test_no_noise_recording_is_heard_in_two_splits(corpus, caplog):
+    recordings = [noise.Recording(f"street{number}", f"{number}.wav") for number in range(40)]
+    split = {name: data_simulation.of_split(recordings, name) for name in data_simulation.SPLITS}
+    assert {name: len(part) for name, part in split.items()} == {"train": 32, "dev": 4, "test": 4}
+    assert sorted(sum(split.values(), [])) == sorted(recordings)
+    assert data_simulation.of_split(recordings[::-1], "test") == split["test"]
+    assert [len(data_simulation.of_split(recordings[:3], name)) for name in split] == [1, 1, 1]
+    assert data_simulation.of_split(recordings[:2], "dev") == recordings[:2] and "cannot be shared out" in caplog.text
+    for number in range(5):
+        audio.write(corpus / f"{number}.wav", np.random.default_rng(number).normal(0, 0.1, 8000), 8000)
+    (corpus / "five.scp").write_text("".join(f"street{number} {number}.wav\n" for number in range(5)))
+    heard = []
+    for name in split:
+        done = simulate(corpus, "--bg_noise_scp", "five.scp", "--split", name, output=name)
+        assert done.returncode == 0, done.stderr
+        plans = [row["channel"] for row in rows(corpus / name / "sim.jsonl")]
+        heard += [{key for plan in plans for key in plan.get("noise", {}).get("sources", ()) if "street" in key}]
+    assert all(heard) and not heard[0] & heard[1] | heard[0] & heard[2] | heard[1] & heard[2], heard
+
+
 def test_another_recording_under_the_name_of_a_noise_or_a_voice_makes_the_calls_anew(corpus):
     rng = np.random.default_rng(0)
     audio.write(corpus / "voice.wav", speech(2), 16000)
