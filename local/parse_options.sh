@@ -70,8 +70,8 @@ check_config() {  # every line is a comment or sets a known option
     [[ $line =~ ^([A-Z][A-Z0-9_]*)= ]] || fail "$1: '$line' is not NAME=value"
     is_option "${BASH_REMATCH[1]}" || fail "$1: unknown option ${BASH_REMATCH[1]}; --help lists them"
     [[ $line != *$'\r' ]] || fail "$1 has the line ends of Windows; sed -i 's/\r$//' $1"
-    [[ $line =~ ^[A-Z0-9_]+=([^[:space:]\"\']|\"[^\"]*\"|\'[^\']*\')*[[:space:]]*(#.*)?$ ]] ||
-      fail "$1: '$line': a value with spaces needs quotes"
+    [[ $line =~ ^[A-Z0-9_]+=([^[:space:]\"\'\;\&\|\<\>\(\)\\]|\"[^\"]*\"|\'[^\']*\')*([[:space:]]+(#.*)?)?$ ]] ||
+      fail "$1: '$line': a value with spaces or any of ;&|<>()\\ needs quotes, a comment a space before #"
   done <"$1"
 }
 

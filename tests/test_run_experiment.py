@@ -179,6 +179,8 @@ def test_what_is_not_understood_is_refused_in_one_line(repository, tmp_path, arg
     [
         ("REAL_SHRE=0.2", "unknown option REAL_SHRE"), ("real share 0.2", "is not NAME=value"),
         ("RAW_16K_TRAIN=/my corpus/train", "needs quotes"), ("TEXT_STYLE=spoken\r", "line ends of Windows"),
+        ("SEED=0# false", "a space before #"), ("KEYWORDS=a;false", "needs quotes"), ("KEYWORDS=a>b", "needs quotes"),
+        ("KEYWORDS=a&b", "needs quotes"), ("KEYWORDS=a|b", "needs quotes"), ("KEYWORDS=(a)", "needs quotes"),
     ],
 )  # fmt: skip
 def test_a_config_file_with_a_mistake_is_refused(repository, tmp_path, line, message):
