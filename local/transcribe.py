@@ -58,7 +58,8 @@ def find_recordings(path: Path) -> dict[str, Path]:
     if (path / "wav.scp").is_file():
         path /= "wav.scp"
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
+        # A link to nothing is one that cannot be read; links to folders are not followed, but said.
+        files = sorted(file for file in path.rglob("*") if file.is_file() or file.is_symlink())
         recordings = {str(file.relative_to(path)): file for file in files if file.suffix.lower() in SUFFIXES}
         others = [file for file in files if file.suffix.lower() not in SUFFIXES]
         if recordings and others:

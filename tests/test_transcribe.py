@@ -178,6 +178,10 @@ def test_recordings_are_found_in_folders_and_lists(tmp_path, caplog):
     assert sorted(transcribe.find_recordings(tmp_path)) == ["3.flac", "a/1.wav", "a/2.MP3"]
     assert f"2 files of other suffixes left alone, such as {tmp_path}/a/data.json" in caplog.text
     assert list(transcribe.find_recordings(tmp_path / "3.flac")) == ["3.flac"]
+    (tmp_path / "a/gone.wav").symlink_to("/nowhere.wav")
+    (tmp_path / "a/calls").symlink_to(tmp_path)
+    assert "a/gone.wav" in transcribe.find_recordings(tmp_path)
+    assert f"3 files of other suffixes left alone, such as {tmp_path}/a/calls" in caplog.text
     (tmp_path / "wav.scp").write_text(f"call-1 {tmp_path}/a/1.wav\n\ncall-2 a b.wav\n", "utf-8")
     assert {key: str(path) for key, path in transcribe.find_recordings(tmp_path / "wav.scp").items()} == {
         "call-1": f"{tmp_path}/a/1.wav", "call-2": "a b.wav"}
