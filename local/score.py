@@ -162,12 +162,13 @@ def choose_alpha(rows: list[dict[str, Any]], max_wideband_loss: float) -> dict[s
     } for name in sorted({row["model"] for row in rows}) if name.startswith("alpha_")]
     if base is None or not curve or any(None in point.values() for point in curve):
         raise UserError("--choose needs wideband_dev, and simulated_dev or real_dev, of base and of models alpha_*")
+    limit = f"{100 * max_wideband_loss:g} points of wideband CER"
     if allowed := [point for point in curve if point["wideband_cer"] <= base + max_wideband_loss + 1e-12]:
         chosen = min(allowed, key=lambda point: point["telephone_cer"])
-        reason = f"lowest telephone CER on dev among those that lose at most {100 * max_wideband_loss:g} % wideband CER"
+        reason = f"lowest telephone CER on dev among those that lose at most {limit}"
     else:
         chosen = min(curve, key=lambda point: point["wideband_cer"])
-        reason = f"every alpha loses more than {100 * max_wideband_loss:g} % wideband CER; this one loses least"
+        reason = f"every alpha loses more than {limit}; this one loses least"
     return {**chosen, "reason": reason, "max_wideband_loss": max_wideband_loss, "base_wideband_cer": base,
             "curve": curve}
 

@@ -117,7 +117,7 @@ def test_the_best_telephone_model_within_the_wideband_budget_is_chosen():
     assert [point["alpha"] for point in choice["curve"]] == [0.25, 0.5, 1.0]
     assert choice["curve"][0]["telephone_cer"] == pytest.approx(0.35)
     choice = choose_alpha(rows, 0.00125)
-    assert choice["alpha"] == 0.25 and "0.125 % wideband CER; this one loses least" in choice["reason"]
+    assert choice["alpha"] == 0.25 and "0.125 points of wideband CER; this one loses least" in choice["reason"]
 
 
 def test_without_wideband_dev_nothing_is_chosen():
