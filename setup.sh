@@ -180,7 +180,12 @@ preflight() {  # what stages 1-3 check before they train, on the model and data 
     else
       echo "$name: would not start${before:+ from $start}, the line above says why"
     fi
-    if [[ -s $folder/averaged.pt ]]; then start=$folder/averaged.pt before=""; else before=$name; fi
+    # What a stage that was stopped or has failed left behind feeds no other.
+    if [[ -s $folder/averaged.pt ]] && ! grep -qs '"state": "[sf]' "$EXP_OUTPUT/status/${name:0:6}.json"; then
+      start=$folder/averaged.pt before=""
+    else
+      before=$name
+    fi
   done
 }
 

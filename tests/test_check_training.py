@@ -300,7 +300,11 @@ def test_doctor_runs_the_preflight_of_every_stage_on_what_is_there(tmp_path, mod
     shutil.copy(model_dir / "model.pt", stage1)
     assert f"{STAGES[1]}: ready to train from {tmp_path}/mine.pt" in doctor(**mine)
     write_json(tmp_path / "status/stage1.json", {"inputs": {str(tmp_path / "mine.pt"): "0"}})
-    assert f"{STAGES[1]}: ready to train from {stage1}" in doctor(**mine)
+    shutil.copytree(stage1.parent, stage1.parent.with_name(STAGES[1]))
+    write_json(tmp_path / "status/stage2.json", {"inputs": {}, "state": "failed"})
+    said = doctor(**mine)
+    assert f"{STAGES[1]}: ready to train from {stage1}" in said
+    assert f"{STAGES[2]}: would not start from {stage1}" in said, "what a check refused feeds no other stage"
 
 
 # --- during and after
