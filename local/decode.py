@@ -1,6 +1,6 @@
 """Decode test sets with several checkpoints of one model, greedily and in batches; killed, it goes on where it was.
 
-    python local/decode.py --model_dir exp_output/model --checkpoint base= --checkpoint final=final.pt \
+    python local/decode.py --model_dir MODEL --checkpoint base= --checkpoint final=final.pt \
         --test_set real_test=real_8k_telephone/test_formatted.jsonl --output_dir exp_output/eval/transcripts
 
 Writes OUTPUT_DIR/<model>.<test_set>.jsonl with rows {"key", "hyp", "ref", "seconds", "model", "test_set",

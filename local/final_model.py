@@ -4,7 +4,7 @@ Fine-tuning gains on telephone speech and forgets wideband speech. The straight 
 weights often holds a model that keeps most of both (Wortsman et al., WiSE-FT, CVPR 2022).
 
     python local/final_model.py mix --base model/model.pt --adapted stage3/averaged.pt --alpha 0.5 --output final.pt
-    python local/final_model.py export --model_dir exp_output/model --checkpoint final.pt \
+    python local/final_model.py export --model_dir MODEL --checkpoint final.pt \
         --summary exp_output/eval/summary.json --output exp_output/final_model
 
 The exported folder loads in stock funasr.AutoModel: what the source folder's configuration.json names, model.pt with
