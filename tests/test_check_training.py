@@ -310,6 +310,12 @@ def test_doctor_runs_the_preflight_of_every_stage_on_what_is_there(tmp_path, mod
 # --- during and after
 
 
+def test_a_loss_whose_perplexity_is_no_number_ends_training_in_one_line(tmp_path, model_dir, rows):
+    overlay = QUICK | {"optim_conf": {"lr": 1000.0}}
+    with pytest.raises(UserError, match=r"training diverges; lower optim_conf\.lr"):
+        train_here(arguments(tmp_path, model_dir, rows, STAGES[1], overlay))
+
+
 class Stock:
     num_replicas = 1
 

@@ -173,7 +173,11 @@ class Trainer(stock.Trainer):
             self.log_interval = 1
         if tag == "train":
             self.train_loss_avg, self.train_acc_avg = self._epoch_means(loss_dict["batch_idx"] + 1)
-        super().log(loss_dict, tag, **kwargs)
+        try:
+            super().log(loss_dict, tag, **kwargs)
+        except OverflowError as error:  # of the perplexity
+            raise UserError(f"the loss is {getattr(self, f'{tag}_loss_avg'):.0f}, training diverges; lower "
+                            "optim_conf.lr in the stage's YAML, then redo the stage with --force true") from error
         vars(self).update(kept)
 
     def _epoch_means(self, steps: int) -> tuple[float, float]:
