@@ -259,7 +259,7 @@ def show(root: str) -> str:
         lines.append(f"| {stage} | {what} | {state} | {marker['time']} | {took} | {', '.join(details)} |")
     if trainings:
         lines += ["", "| stage | epoch | training loss, first to now | fallen (target 30 %) | accuracy on dev | audio "
-                  "seconds a second | GPU peak, GB | left, at most |", "|---|---|---|---|---|---|---|---|", *trainings]
+                  "seconds a second | GPU peak, GiB | left, at most |", "|---|---|---|---|---|---|---|---|", *trainings]
     return "\n".join(lines) + "\n"
 
 
