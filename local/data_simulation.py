@@ -184,15 +184,18 @@ def _is_voice(voice: noise.Recording) -> bool:
 def of_split(noises: list[noise.Recording], split: str | None) -> list[noise.Recording]:
     """The noise recordings of one split, by a hash of their keys: a tenth each for dev and test, train the rest.
 
-    Else a model would be scored in the noises it was trained in. Without a split, or of fewer than three: all.
+    Else a model would be scored in the noises it was trained in; one under two names, too. Without a split, or of
+    fewer than three: all.
     """
-    if split is None or len(noises) < len(SPLITS):
-        if split:
-            logging.warning("%d noise recordings cannot be shared out: train, dev and test hear the same", len(noises))
-        return noises
     order = sorted(noises, key=lambda recording: hash_share(f"noise {recording.key}"))
-    tenth = -(-len(order) // 10)
-    return {"dev": order[:tenth], "test": order[tenth : 2 * tenth], "train": order[2 * tenth :]}[split]
+    files = [*dict.fromkeys(os.path.realpath(recording.source) for recording in order)]
+    if split is None or len(files) < len(SPLITS):
+        if split:
+            logging.warning("%d noise recordings cannot be shared out: train, dev and test hear the same", len(files))
+        return noises
+    tenth = -(-len(files) // 10)
+    chosen = set({"dev": files[:tenth], "test": files[tenth : 2 * tenth], "train": files[2 * tenth :]}[split])
+    return [recording for recording in order if os.path.realpath(recording.source) in chosen]
 
 
 def make_job(args: argparse.Namespace) -> Job:

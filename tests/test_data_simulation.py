@@ -257,6 +257,10 @@ def test_no_noise_recording_is_heard_in_two_splits(corpus, caplog):
     assert data_simulation.of_split(recordings[::-1], "test") == split["test"]
     assert [len(data_simulation.of_split(recordings[:3], name)) for name in split] == [1, 1, 1]
     assert data_simulation.of_split(recordings[:2], "dev") == recordings[:2] and "cannot be shared out" in caplog.text
+    renamed = [noise.Recording(f"again{recording.key}", recording.source) for recording in recordings]
+    for twice in (recordings + recordings, recordings + renamed):
+        parts = [{recording.source for recording in data_simulation.of_split(twice, name)} for name in split]
+        assert [len(part) for part in parts] == [32, 4, 4] and len(set.union(*parts)) == 40
     for number in range(5):
         audio.write(corpus / f"{number}.wav", np.random.default_rng(number).normal(0, 0.1, 8000), 8000)
     (corpus / "five.scp").write_text("".join(f"street{number} {number}.wav\n" for number in range(5)))
