@@ -156,7 +156,7 @@ def train_limits(args: argparse.Namespace, rules: TextRules, total: int) -> dict
             with contextlib.suppress(audio.AudioError):
                 if entry.row:
                     samples, rate, _ = audio.length(entry.row["source"], **segment(entry.row))
-                    frames.append(samples * 100 // rate)
+                    frames.append(_frames_at_most(samples, rate))
         if not frames:
             raise UserError(f"{args.input}: no row has audio that can be read, so there is no --max_speech_percentile")
         longest = float(np.percentile(frames, args.max_speech_percentile))
@@ -174,7 +174,7 @@ def inspect(
     if "max_speech_length" in limits:  # by the header: an hour of speech is not decoded to be dropped
         samples, rate, _ = audio.length(row["source"], **cut)
         longest = {"max_speech_length": limits["max_speech_length"]}
-        if problem := over_limit({"frames": samples * 100 // rate}, longest):
+        if problem := over_limit({"frames": _frames_at_most(samples, rate)}, longest):
             raise audio.AudioError(*problem)
     x, rate = audio.read(row["source"], **cut)
     text = rules.normalise(raw)
@@ -192,6 +192,11 @@ def inspect(
     if "channel" not in row and (channels := audio.channels(row["source"])) > 1:
         row["channels"] = channels  # which were mixed
     return row | ({"offered": offered} if offered else {})
+
+
+def _frames_at_most(samples: int, rate: int) -> int:
+    """Frames of 10 ms at 16 or 8 kHz: the resampler rounds up, and training takes no row that is over by one."""
+    return round(samples * 8000 / rate) // 80
 
 
 def over_limit(facts: dict[str, float], limits: dict[str, float]) -> tuple[str, str] | None:

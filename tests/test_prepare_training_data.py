@@ -157,6 +157,16 @@ def test_dev_and_test_are_not_cut_by_rules_for_train(tmp_path, corpus):
     assert reasons == {"long": "too_long", "silent": "silent"} and len(kept) == 1
 
 
+@pytest.mark.parametrize("rate", [8000, 11025, 44100, 48000])
+def test_no_row_of_train_is_over_the_longest_after_resampling(tmp_path, corpus, rate):
+    soundfile.write(tmp_path / "edge.wav", murmur(2.01, rate)[: -(-201 * rate // 100) - 1], rate)
+    rows, limit = [corpus[0] | {"source": "edge.wav"}, corpus[1]], ("--max_speech_length", 200)
+    kept, _ = filtered(tmp_path, rows, *limit)
+    assert [row["key"] for row in kept] == (["u0", "u1"] if rate == 8000 else ["u1"])
+    for fs in (16000, 8000):
+        assert max(row["speech_length"] for row in converted(tmp_path, kept, "--do_upsample", "--output_fs", fs)) == 200
+
+
 def test_a_test_set_of_no_speech_keeps_its_empty_references(tmp_path, corpus):
     rows = [corpus[0] | {"target": ""}]
     kept, _ = filtered(tmp_path, [*rows, corpus[1]], "--split", "test", "--filter_annotation_error", "false")
