@@ -116,6 +116,12 @@ def test_a_setting_nobody_reads_is_refused(tmp_path, change):
     assert caught.value.code == 2
 
 
+def test_many_tags_before_a_word_are_judged_at_once():
+    began = time.process_time()
+    assert RULES.reason("[嗯] " * 26 + "好") is None and RULES.reason("[嗯] " * 26)
+    assert time.process_time() - began < 1, "every tag doubled the time"
+
+
 def test_latin_letters_take_less_time_than_characters():
     assert spoken_length("你好12") == 4 and spoken_length("hello!") == pytest.approx(5 / 3) and spoken_length("") == 0
     assert spoken_length("二〇〇八年，人々") == 7, "the round zero and the repetition mark are spoken"
