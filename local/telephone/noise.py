@@ -113,7 +113,7 @@ def babble(
     rng: np.random.Generator, count: int, fs: int, pool: Sequence[Recording], key: str
 ) -> tuple[np.ndarray, list[str]]:
     """`count` samples of three to seven voices of the pool, not of the one named `key`; and their keys."""
-    own = (key, key.split("#", 1)[0])  # key#2 is a repeat of key in a train list
+    own = (key, key.rsplit("#", 1)[0])  # key#2 is a repeat of key in a train list
     others = [voice for voice in pool if voice.key not in own] or pool
     chosen = rng.choice(len(others), size=min(len(others), int(rng.integers(3, 8))), replace=False)
     mix = np.zeros(count, np.float32)
