@@ -181,7 +181,7 @@ def inspect(
     facts = {
         "frames": len(x) * 100 // rate,
         "rate": spoken_length(text) * rate / len(x),
-        "level": audio.rms_level(x.astype(np.float64)),
+        "level": audio.rms_level(x.astype(np.float64) - x.mean(dtype=np.float64)),  # recorders add an offset
         "clipped": float(np.mean(np.abs(x) >= 0.98)),  # full scale of mu-law is 0.9803, of A-law 0.984
     }
     if problem := over_limit(facts, limits):

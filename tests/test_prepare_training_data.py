@@ -173,6 +173,13 @@ def test_no_row_of_train_is_over_the_longest_after_resampling(tmp_path, corpus, 
         assert max(row["speech_length"] for row in converted(tmp_path, kept, "--do_upsample", "--output_fs", fs)) == 200
 
 
+def test_an_offset_is_no_speech(tmp_path, corpus):
+    soundfile.write(tmp_path / "silent.wav", np.full(16000, 0.01), 8000)
+    soundfile.write(tmp_path / "offset.wav", murmur(2.0, 8000) + np.float32(0.01), 8000)
+    rows = [corpus[0] | {"key": name, "source": f"{name}.wav"} for name in ("silent", "offset")]
+    assert filtered(tmp_path, rows)[1] == {"silent": "silent"}
+
+
 def test_a_test_set_of_no_speech_keeps_its_empty_references(tmp_path, corpus):
     rows = [corpus[0] | {"target": ""}]
     kept, _ = filtered(tmp_path, [*rows, corpus[1]], "--split", "test", "--filter_annotation_error", "false")
