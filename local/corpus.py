@@ -222,7 +222,7 @@ def _read_kaldi(utterances: Path) -> Iterator[Entry]:
                 given["start"], given["end"] = float(start), float(end)
                 json.dumps(given, allow_nan=False)  # float() reads "nan"
             except ValueError:
-                yield Entry(f"{key} {rest}", None, "bad_segment", f"segments: {key} {rest:.100}")
+                yield Entry({"key": key, "segment": rest}, None, "bad_segment", f"segments: {key} {rest:.100}")
                 continue
             if given["end"] == -1:  # to the end of the recording
                 del given["end"]

@@ -392,7 +392,7 @@ def test_a_kaldi_folder_with_segments(tmp_path, monkeypatch):
     write_lines(tmp_path / "segments", lines)
     (tmp_path / "text").write_text("a 你 好 啊\nb\t再见 了\nc 好\nd 好\ne 好\ng 好\nb 又一次\n")
     (tmp_path / "utt2spk").write_text("a zhang\nb li\n")
-    entries = {(entry.row or entry.given)["key"] if isinstance(entry.given, dict) else "e": entry
+    entries = {(entry.row or entry.given)["key"]: entry
                for entry in read_rows(tmp_path) if entry.reason != "duplicate_key"}
     assert {key: entry.reason for key, entry in entries.items()} == {
         "a": "", "b": "", "c": "source_is_command", "d": "missing_field", "e": "bad_segment", "f": "missing_field",
