@@ -21,6 +21,7 @@ import soundfile
 from common import atomic_write, first_line
 
 SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
+HEADERLESS = ("alaw", "mulaw", "s8", "u8", "s16le", "u16le")  # FFmpeg says 44.1 kHz; SoX knows .al and .ul
 UNKNOWN_LENGTH = 1 << 40  # libsndfile's frame count of a streamed FLAC, whose header has no length, is far above
 
 
@@ -256,6 +257,8 @@ def _decode_pyav(path: str) -> tuple[np.ndarray, int]:
     with av.open(path, metadata_errors="ignore", options={"protocol_whitelist": "file"}) as container:
         if not container.streams.audio:
             raise ValueError("no audio stream")
+        if container.format.name in HEADERLESS:
+            raise ValueError("no header that says its rate")
         stream = container.streams.audio[0]
         rate, promised = stream.rate, float((stream.duration or 0) * (stream.time_base or 0))
         if container.format.name == "aac" or (container.format.name == "mp3" and not _mp3_says_length(path)):

@@ -71,6 +71,17 @@ def test_formats_of_call_centres_are_read(tmp_path, name, rate, kind):
     assert audio.length(path)[:2] == (len(decoded), rate)
 
 
+@pytest.mark.parametrize(("name", "codec"), [("a.al", "pcm_alaw"), ("a.ul", "pcm_mulaw"), ("a.sw", "pcm_s16le")])
+def test_samples_without_a_header_are_read_at_the_telephones_rate_or_not_at_all(tmp_path, name, codec):
+    encode(tmp_path / name, tone(2.0, 8000), 8000, codec)
+    try:
+        decoded, rate = audio.read(tmp_path / name)
+    except audio.AudioError as error:
+        assert error.reason == "audio_unreadable" and (name == "a.sw" or not shutil.which("sox"))
+    else:
+        assert rate == 8000 and len(decoded) == 16000
+
+
 @pytest.mark.skipif(not shutil.which("sox"), reason="sox is not installed")
 def test_nist_sphere_is_read(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(1.0, 8000), 8000)
