@@ -111,13 +111,23 @@ def test_a_stage_that_is_right_passes(tmp_path, model_dir, rows, stage):
     ({"dataset_conf": {"max_target_length": 3}}, "upstream would skip it"),
     ({"dataset_conf": {"batch_size": "60k"}}, "dataset_conf.batch_size is '60k', not a number"),
     ({"optim_conf": {"lr": "fast"}}, "optim_conf.lr is 'fast', not a number"),
-    ({"train_conf": {"keep_nbest_models": 0}}, "at least 1 checkpoint"),
-    ({"dataset_conf": {"sort_size": 0}}, "processes unequal numbers of batches"),
+    ({"train_conf": {"keep_nbest_models": 0}}, "keep_nbest_models is 0; want a whole number from 1"),
+    ({"train_conf": {"max_epoch": 2.5}}, "max_epoch is 2.5; want a whole number from 1"),
+    ({"dataset_conf": {"sort_size": 0}}, "sort_size is 0; want a whole number from 1"),
+    ({"optim_conf": {"lr": -0.001}}, "optim_conf.lr is -0.001; want a number from 0"),
+    ({"train_conf": {"grad_clip": None}}, "train_conf.grad_clip is None, not a number"),
+    ({"audio_encoder_conf": {"dropout_rate": 1.5}}, "dropout_rate is 1.5; want a number from 0 to 1"),
+    ({"optim_conf": {"betas": [0.9, 1.5]}}, "'betas': [0.9, 1.5]}: Invalid beta parameter at index 1"),
+    ({"scheduler_conf": {"warmup_steps": 0}}, "scheduler_conf {'warmup_steps': 0}: "),
+    ({"specaug_conf": {"freq_mask_width_range": [5, 3]}}, "'freq_mask_width_range': [5, 3]}: AssertionError"),
+    ({"specaug_conf": {"num_time_mask": 1.5}}, "'num_time_mask': 1.5}: "),
+    ({"train_conf": {"avg_keep_nbest_models_type": "wer"}}, "avg_keep_nbest_models_type wer: FunASR has acc, loss"),
+    ({"dataset_conf": {"batch_type": "exmple"}}, "batch_type exmple: FunASR has example, length, token"),
     ({"optim": "adamz"}, "optim adamz: FunASR has adadelta"),
     ({"scheduler": "cosine"}, "scheduler cosine: FunASR has"),
     ({"specaug": "SpecAugLRF"}, "specaug SpecAugLRF: FunASR has SpecAug, SpecAugLFR"),
 ])  # fmt: skip
-def test_a_setting_that_would_lose_or_repeat_data_is_refused(refused, overlay, message):
+def test_a_setting_that_would_lose_data_or_cannot_be_is_refused(refused, overlay, message):
     assert refused(overlay=overlay)[0].count(message) == 1
 
 

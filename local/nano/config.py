@@ -14,6 +14,7 @@ import argparse
 import copy
 import difflib
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,12 @@ NO_NUMBERS = {
     "dataset_conf.batch_type", "optim_conf.betas", "llm_conf.lora_conf.target_modules",
     "specaug_conf.freq_mask_width_range", "specaug_conf.time_mask_width_range",
 }  # fmt: skip
+# Whole numbers, and the least of each. With a sort_size of 0 upstream would give processes unequal numbers of batches.
+COUNTS = dict.fromkeys(["train_conf.early_stopping_patience", "dataset_conf.num_workers"], 0) | dict.fromkeys([
+    "train_conf.max_epoch", "train_conf.accum_grad", "train_conf.keep_nbest_models", "train_conf.avg_nbest_model",
+    "train_conf.log_interval", "train_conf.validate_interval", "train_conf.save_checkpoint_interval",
+    "dataset_conf.batch_size", "dataset_conf.sort_size", "llm_conf.lora_conf.r",
+], 1)  # fmt: skip
 ACCEPTED = {f"{part}.{key}".lstrip(".") for part, keys in SECTIONS.items() for key in keys.split()}
 
 
@@ -58,7 +65,7 @@ def flat_items(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_stage(paths: list[Path]) -> dict[str, Any]:
-    """The YAMLs laid over one another. UserError, code 2, for one that is missing, not YAML, or has an unread key."""
+    """The YAMLs laid over one another. UserError, code 2, for one that is missing, no YAML, or says what cannot be."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -74,13 +81,14 @@ def read_stage(paths: list[Path]) -> dict[str, Any]:
             if key not in ACCEPTED:
                 near = difflib.get_close_matches(key, sorted(ACCEPTED), 1, 0)
                 raise UserError(f"{path}: nothing reads the key {key}; the nearest that is read is {near[0]}", code=2)
-            if key not in NO_NUMBERS and not isinstance(value, (bool, int, float, type(None))):
+            if key in NO_NUMBERS:
+                continue
+            if not isinstance(value, (bool, int, float)):
                 raise UserError(f"{path}: {key} is {value!r}, not a number, true or false", code=2)
-            if key in ("train_conf.keep_nbest_models", "train_conf.avg_nbest_model") and not value:
-                raise UserError(f"{path}: {key} is {value!r}; at least 1 checkpoint is kept and averaged", code=2)
-            if key == "dataset_conf.sort_size" and not value:
-                raise UserError(f"{path}: {key} is {value!r}: upstream would give processes unequal numbers of batches "
-                                "and some would wait for ever; set 1 or more", code=2)  # fmt: skip
+            whole, least, most = key in COUNTS, COUNTS.get(key, 0), 1 if "dropout" in key else math.inf
+            if not least <= value <= most or whole and type(value) is not int:
+                want = f"a {'whole ' * whole}number from {least} to {most}"
+                raise UserError(f"{path}: {key} is {value!r}; want {want}", code=2)
         layers.append(layer)
     return OmegaConf.to_container(OmegaConf.merge(*layers))
 
