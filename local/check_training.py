@@ -46,6 +46,7 @@ def check_before(args: argparse.Namespace) -> None:
     check_ctc(config, args.stage_conf)
     check_deepspeed(config["train_conf"], args.stage_conf)
     model = build_on_meta(config)
+    check_trained(model, config["llm_conf"], args.stage_conf)
     check_checkpoint(model, args.init_checkpoint, config)
     check_rate(model, args.init_checkpoint, args.frontend_fs)
     lists = (args.train_list, args.valid_list)
@@ -87,14 +88,29 @@ def check_names(config: dict[str, Any], path: Path) -> None:
 
 
 def check_ctc(config: dict[str, Any], path: Path) -> None:
-    """A CTC loss has a branch to compute it and something to train."""
+    """A CTC loss has a branch to compute it and something to train, and a branch that is trained has a loss."""
     weight = config.get("ctc_weight", 0.3)
     if weight and not config.get("ctc_decoder"):
         raise UserError(f"{path}: ctc_weight {weight}, but the model folder has no ctc_decoder; set ctc_weight to 0")
+    if not weight and config.get("ctc_decoder") and not config["ctc_decoder_conf"].get("freeze"):
+        raise UserError(f"{path}: ctc_weight {weight}, and the CTC branch is to be trained: nothing would move it; set "
+                        "ctc_decoder_conf.freeze to true, or give it a weight")  # fmt: skip
     detached = config.get("detach_ctc_decoder", True) or config["audio_encoder_conf"].get("freeze", True)
     if weight and detached and config["ctc_decoder_conf"].get("freeze"):
         raise UserError(f"{path}: ctc_weight {weight} does nothing: the CTC branch is frozen and its loss does not "
                         "reach the encoder; set ctc_weight to 0, or detach_ctc_decoder to false")  # fmt: skip
+
+
+def check_trained(model: torch.nn.Module, llm: dict[str, Any], path: Path) -> None:
+    """Something is trained, and LoRA has found the layers that it is for."""
+    if llm.get("use_lora"):
+        there = {part for name, layer in model.named_modules() if hasattr(layer, "lora_A") for part in name.split(".")}
+        for name in llm.get("lora_conf", {}).get("target_modules", []):
+            if name not in there:
+                raise UserError(f"{path}: target_modules: the LLM has no layer {name}; Qwen3's are q_proj, k_proj, "
+                                "v_proj, o_proj, gate_proj, up_proj, down_proj, in a list", code=2)  # fmt: skip
+    if not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f"{path}: nothing would be trained; set freeze of a part to false, or use_lora to true", code=2)
 
 
 def check_deepspeed(train: dict[str, Any], path: Path) -> None:

@@ -131,6 +131,17 @@ def test_a_setting_that_would_lose_data_or_cannot_be_is_refused(refused, overlay
     assert refused(overlay=overlay)[0].count(message) == 1
 
 
+@pytest.mark.parametrize(("stage", "overlay", "message"), [
+    (0, {"audio_encoder_conf": {"freeze": True}, "ctc_weight": 0}, "nothing would be trained"),
+    (1, {"ctc_weight": 0}, "the CTC branch is to be trained: nothing would move it"),
+    (2, {"llm_conf": {"use_lora": False}}, "nothing would be trained"),
+    (2, {"llm_conf": {"lora_conf": {"target_modules": ["q_proj", "v_prj"]}}}, "the LLM has no layer v_prj"),
+    (2, {"llm_conf": {"lora_conf": {"target_modules": "q_proj"}}}, "the LLM has no layer q;"),
+])  # fmt: skip
+def test_a_stage_that_would_not_train_what_it_names_is_refused(refused, stage, overlay, message):
+    assert message in refused(stage=STAGES[stage], overlay=overlay)[0]
+
+
 def edit(row, content=None, **changed):
     row = copy.deepcopy(row) | changed
     if content is not None:
