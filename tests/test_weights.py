@@ -65,6 +65,17 @@ def test_interpolation_is_exact_at_both_ends_and_leaves_frozen_and_tied_tensors_
     assert mixed["steps"] == 9
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_frozen_tensors_of_an_average_are_the_initial_checkpoints_in_whatever_form_it_is(tmp_path, zipped):
+    initial = {"model": {"module.frozen": torch.tensor([1.0]), "module.w": torch.tensor([1.0])}}
+    torch.save(initial, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+    for number in (2.0, 4.0):
+        state = {"frozen": torch.tensor([number]), "w": torch.tensor([number])}
+        torch.save({"state_dict": state}, tmp_path / f"{number}.pt")
+    mean = weights.average([tmp_path / "2.0.pt", tmp_path / "4.0.pt"], {"w"}, tmp_path / "model.pt")
+    assert mean == {"frozen": torch.tensor([1.0]), "w": torch.tensor([3.0])}
+
+
 def test_models_that_do_not_belong_together_are_refused():
     with pytest.raises(UserError, match="lacks 1 tensors, first b"):
         weights.interpolate({"a": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)}, 0.5)

@@ -100,8 +100,7 @@ def average(checkpoints: list[Path], trainable: set[str], initial: Path) -> Stat
     if not checkpoints:
         raise UserError("no validated checkpoint to average; is the loss of the dev list finite?")
     states = [read_trained(path) for path in checkpoints]
-    start = torch.load(initial, map_location="cpu", mmap=True)
-    start = start.get("state_dict", start)
+    start, _lora = load(initial)
     averaged = {}
     for name, last in states[-1].items():
         kept = torch.stack([state[name].float() for state in states]).mean(0) if name in trainable else start.get(name)
