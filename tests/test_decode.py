@@ -367,3 +367,14 @@ def test_settings_in_another_encoding_are_refused(tmp_path):
     (tmp_path / "conf.yaml").write_text("device: cpu  # 处理器\n", "gb18030")
     with pytest.raises(UserError, match="can't decode"):
         read_conf(tmp_path / "conf.yaml")
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("device", "gpu"), ("device", None), ("dtype", "fp8"), ("batch_size", 0), ("batch_size", "many"),
+    ("batch_seconds", "1e4"), ("max_new_tokens", 3.5), ("max_new_tokens", "auto"), ("max_tokens_per_second", -100),
+])  # fmt: skip
+def test_a_setting_that_cannot_be_is_refused_by_name(tmp_path, name, value):
+    conf = write_conf(tmp_path / "conf.yaml", **{name: value})
+    with pytest.raises(UserError, match=f"{name} cannot be {value!r}") as error:
+        read_conf(conf)
+    assert error.value.code == 2

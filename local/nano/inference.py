@@ -26,6 +26,8 @@ from nano import weights
 # What `auto` means on a CPU and on a GPU, which reads its weights once for all rows of a step (not measured). A CPU
 # works on every row until the longest ends: two test sets of the demo took 6 s more of it in batches of 128 than of 32.
 AUTO = {"dtype": ("fp32", "bf16"), "batch_size": (32, 256), "batch_seconds": (600, 9600)}
+NUMBERS = {"batch_size": (int, 1), "batch_seconds": ((int, float), 0), "max_new_tokens": (int, 1),
+           "max_tokens_per_second": ((int, float), 0)}  # what each is, and the least of it
 
 
 class Utterance(NamedTuple):
@@ -165,7 +167,7 @@ def batches(rows: Sequence[dict[str, Any]], size: int, seconds: float) -> Iterat
 
 def read_conf(path: str) -> dict[str, Any]:
     """The settings that decide what a transcript says; `auto` is what it means on this machine."""
-    names = ("device", "dtype", "batch_size", "batch_seconds", "max_new_tokens", "max_tokens_per_second")
+    names = ("device", "dtype", *NUMBERS)
     try:
         conf = yaml.safe_load(Path(path).read_text("utf-8"))
         conf = {name: conf[name] for name in names}
@@ -173,8 +175,15 @@ def read_conf(path: str) -> dict[str, Any]:
         raise UserError(f"{path}: {error}; want a YAML file with {', '.join(names)}", code=2) from error
     if conf["device"] == "auto":
         conf["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    on_gpu = conf["device"].startswith("cuda")
+    on_gpu = str(conf["device"]).startswith("cuda")
     auto = {name: values[on_gpu] for name, values in AUTO.items()}
     if on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         auto["dtype"] = "fp32"  # a GPU before Ampere computes bf16 in many more steps
-    return {name: auto[name] if value == "auto" else value for name, value in conf.items()}
+    conf = {name: auto.get(name, value) if value == "auto" else value for name, value in conf.items()}
+    right = {name: isinstance(conf[name], kind) and conf[name] >= least for name, (kind, least) in NUMBERS.items()}
+    right |= {"device": re.fullmatch(r"(cpu|cuda|mps|npu|xpu)(:\d+)?", str(conf["device"])),
+              "dtype": conf["dtype"] in ("bf16", "fp16", "fp32")}  # fmt: skip
+    for name in names:
+        if not right[name]:
+            raise UserError(f"{path}: {name} cannot be {conf[name]!r}; conf/decode.yaml says what it may be", code=2)
+    return conf
