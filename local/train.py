@@ -92,7 +92,7 @@ def train(config: dict[str, Any]) -> None:
 
 def get_args() -> argparse.Namespace:
     parser = stage_parser(__doc__)
-    parser.add_argument("--seed", type=int, default=0, help="Seed of initial weights, order, dropout and SpecAugment.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of new weights, dropout and SpecAugment.")
     return parser.parse_args()
 
 
