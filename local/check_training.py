@@ -28,9 +28,9 @@ import soundfile
 import torch
 import yaml
 
-from common import UserError, first_line, progress, read_jsonl, run, write_json
+from common import UserError, progress, read_jsonl, run, write_json
 from nano import weights
-from nano.config import build_on_meta, effective, read_stage, stage_parser
+from nano.config import build_on_meta, check_settings, effective, read_stage, stage_parser
 from nano.train_log import read_log
 
 AUDIO = re.compile(r"<\|startofspeech\|>!(.*?)<\|endofspeech\|>")
@@ -42,7 +42,7 @@ ONE_EPOCH = 1.1  # the first logged steps of a single epoch have other rows than
 def check_before(args: argparse.Namespace) -> None:
     """Everything that can be known before training. Raises UserError for the first thing that is wrong."""
     config = effective(read_stage([args.stage_conf, *args.overlay]), args.model_dir, args.frontend_fs)
-    check_names(config, args.stage_conf)
+    check_settings(config, args.stage_conf)
     check_ctc(config, args.stage_conf)
     check_deepspeed(config["train_conf"], args.stage_conf)
     model = build_on_meta(config)
@@ -54,37 +54,6 @@ def check_before(args: argparse.Namespace) -> None:
                                    strict=True))  # fmt: skip
     check_room(model, config, args.output_dir, longest)
     check_shared_memory(config["dataset_conf"], longest, frames)
-
-
-def check_names(config: dict[str, Any], path: Path) -> None:
-    """What is chosen by name is FunASR's, and its settings are such as it takes."""
-    from funasr.optimizers import optim_classes
-    from funasr.register import tables
-    from funasr.schedulers import scheduler_classes
-
-    train, dataset = config["train_conf"], config["dataset_conf"]
-    known = {
-        "optim": (config.get("optim", "adam"), optim_classes),
-        "scheduler": (config.get("scheduler", "warmuplr"), scheduler_classes),
-        "specaug": (config.get("specaug") or "SpecAug", tables.specaug_classes),
-        "avg_keep_nbest_models_type": (train.get("avg_keep_nbest_models_type", "acc"), ("acc", "loss")),
-        "batch_type": (dataset.get("batch_type", "example"), ("example", "length", "token")),
-    }
-    for key, (name, names) in known.items():
-        if name not in list(names):
-            raise UserError(f"{path}: {key} {name}: FunASR has {', '.join(sorted(names))}", code=2)
-    weight = torch.nn.Parameter(torch.zeros(1))
-    optim, scheduler, specaug = (names[name] for name, names in list(known.values())[:3])
-    made = {
-        "optim_conf": lambda conf: optim([weight], **conf),
-        "scheduler_conf": lambda conf: scheduler(optim([weight], **config["optim_conf"]), **conf),
-        "specaug_conf": lambda conf: specaug(**conf)(torch.zeros(1, 100, 560)) if config.get("specaug") else None,
-    }
-    for key, make in made.items():
-        try:
-            make(conf := config.get(key) or {})
-        except Exception as error:  # each library has its own
-            raise UserError(f"{path}: {key} {conf}: {first_line(error)}", code=2) from error
 
 
 def check_ctc(config: dict[str, Any], path: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import yaml
 
-from common import UserError
+from common import UserError, first_line
 
 SECTIONS = {
     "": "compiled_layers ctc_weight detach_ctc_decoder fused_attention specaug optim scheduler",
@@ -128,6 +128,38 @@ def effective(stage: dict[str, Any], model_dir: Path, fs: int) -> dict[str, Any]
             raise UserError(f"{model_dir}: {what} ({path}) is not there, or configuration.json does not name it under "
                             "file_path_metas; download the model again")  # fmt: skip
     return config
+
+
+def check_settings(config: dict[str, Any], path: Path) -> None:
+    """What an effective configuration chooses by name is FunASR's, and takes its settings; else UserError, code 2."""
+    from funasr.optimizers import optim_classes
+    from funasr.register import tables
+    from funasr.schedulers import scheduler_classes
+
+    def chosen(key: str, name: Any, names: Any) -> Any:
+        if name not in list(names):
+            raise UserError(f"{path}: {key} {name}: FunASR has {', '.join(sorted(names))}", code=2)
+        return names[name]
+
+    for section, key, default, names in (
+        ("train_conf", "avg_keep_nbest_models_type", "acc", ("acc", "loss")),
+        ("dataset_conf", "batch_type", "example", ("example", "length", "token")),
+    ):
+        chosen(key, config[section].get(key, default), dict.fromkeys(names))
+    optim_class = chosen("optim", config.get("optim", "adam"), optim_classes)
+    scheduler_class = chosen("scheduler", config.get("scheduler", "warmuplr"), scheduler_classes)
+    specaug_class = chosen("specaug", config.get("specaug") or "SpecAug", tables.specaug_classes)
+    conf = {key: config.get(key) or {} for key in ("optim_conf", "scheduler_conf", "specaug_conf")}
+    try:
+        key = "optim_conf"
+        optim = optim_class([torch.nn.Parameter(torch.zeros(1))], **conf[key])
+        key = "scheduler_conf"
+        scheduler_class(optim, **conf[key])
+        key = "specaug_conf"
+        if config.get("specaug"):
+            specaug_class(**conf[key])(torch.zeros(1, 100, 560))
+    except Exception as error:  # each library has its own
+        raise UserError(f"{path}: {key} {conf[key]}: {first_line(error)}", code=2) from error
 
 
 def build_on_meta(config: dict[str, Any]) -> torch.nn.Module:
