@@ -3,9 +3,9 @@
     python bench/ablation.py --demo exp_output/demo --table docs/ablation.md [--only no_ctc fs_8000]
 
 Every variant takes the demo's corpus, base model and (but for fs_8000) the data of its stage 0, and lies beside it in
-<demo>_<variant>. The table has the CER of the test sets, what the final model writes where nobody speaks, and the error
-of the CTC branch on wideband test, decoded greedily. Needs a finished `make demo`; a finished variant is not run again.
-`--demo` takes several, a seed each.
+<demo>_<variant>. The table has the CER of the test sets, what the final model writes where nobody speaks, with a star
+what differs from the demo as it is on the same utterances, and the error of the CTC branch on wideband test, decoded
+greedily. Needs a finished `make demo`; a finished variant is not run again. `--demo` takes several, a seed each.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +27,7 @@ import metrics  # noqa: E402
 from common import UserError, atomic_write, read_jsonl, run, write_json  # noqa: E402
 from decode import utterance  # noqa: E402
 from nano import weights  # noqa: E402
+from score import Scored  # noqa: E402
 
 STAGES = ("stage1_encoder_adapt", "stage2_adapter_align", "stage3_lora_domain")
 NO_CTC = {"ctc_weight": 0, "ctc_decoder_conf": {"freeze": True}}
@@ -122,13 +124,26 @@ def greedy_ctc(model: Any, frontend: Any, row: dict[str, Any]) -> str:
     return model.ctc_tokenizer.decode([symbol for symbol in best if symbol != model.blank_id])
 
 
-def line(title: str, folder: Path, final: str = "final") -> str:
+def star(demo: Path, folder: Path, model: str, test_set: str, final: str) -> str:
+    """`*` where what a model of a variant writes differs from the demo's: p below 0.05, paired by utterance."""
+    paths = (demo / f"eval/transcripts/{model}.{test_set}.jsonl",
+             folder / f"eval/transcripts/{final if model == 'final' else model}.{test_set}.jsonl")  # fmt: skip
+    ours, theirs = (Scored(list(read_jsonl(path)), {}, False) for path in paths)
+    lengths = ours.characters.lengths
+    per = lengths if lengths.any() else np.array([row["seconds"] for row in ours.rows])
+    p_value = metrics.paired_p_value(ours.clusters, theirs.characters.errors, ours.characters.errors, per)
+    return "*" if p_value is not None and p_value < 0.05 else ""
+
+
+def line(title: str, demo: Path, folder: Path, final: str = "final") -> str:
     """A row of the table; `final` names the model that the columns of the final model show."""
     scores, errors, cells = read_scores(folder), ctc_errors(folder), []
     for _, model, test_set, rate in COLUMNS:
         row = scores[final if model == "final" else model, test_set]
-        cells.append("{:.1f} ({:.1f}-{:.1f})".format(*(100 * row[rate + end] for end in ("", "_low", "_high"))))
-    cells.append(f"{scores[final, 'no_speech']['chars_per_minute']:.0f}")
+        cell = "{:.1f} ({:.1f}-{:.1f})".format(*(100 * row[rate + end] for end in ("", "_low", "_high")))
+        cells.append(cell + (star(demo, folder, model, test_set, final) if rate == "cer" else ""))
+    written = scores[final, "no_speech"]["chars_per_minute"]
+    cells.append(f"{written:.0f}{star(demo, folder, 'final', 'no_speech', final)}")
     cells.append(" → ".join(f"{100 * errors[model]:.1f}" for model in ("base", "stage1", "stage2")))
     return f"| {title} | {' | '.join(cells)} |"
 
@@ -141,9 +156,9 @@ def table(demo: Path, folders: dict[str, Path], seed: int) -> str:
     for name, folder in {"": demo, **folders}.items():
         title = VARIANTS[name][0] if name else "as it is"
         alpha = json.loads((folder / "eval/interpolation.json").read_text("utf-8"))["alpha"]
-        lines.append(line(f"{title}, alpha {alpha:g}", folder))
+        lines.append(line(f"{title}, alpha {alpha:g}", demo, folder))
         if alpha < 1:
-            lines.append(line(f"{title}, without interpolation", folder, "stage3"))
+            lines.append(line(f"{title}, without interpolation", demo, folder, "stage3"))
     lines += ["", "| alpha, as it is, on dev | telephone | wideband |", "|---|---|---|"]
     for point in json.loads((demo / "eval/interpolation.json").read_text("utf-8"))["curve"]:
         lines.append("| {alpha:g} | {telephone_cer:.1%} | {wideband_cer:.1%} |".format(**point).replace("%", ""))
@@ -171,8 +186,9 @@ def main() -> None:
     text = f"""# What each part of the recipe brings
 
 Written by `make ablation` at commit {commit}: error rates in percent on test, with 95 % intervals, of the
-demo's miniature model. A line is one training: a difference within the intervals says nothing. Alpha is the weight
-of the adapted model that dev chose; at 1 there is no interpolation.
+demo's miniature model. A star: another CER, or number of characters, than as it is on the same utterances, p below
+0.05 (of one training each: another seed may have none; by chance one of twenty has one). Alpha is the weight of the
+adapted model that dev chose; at 1 there is no interpolation.
 
 """
     with atomic_write(args.table) as file:

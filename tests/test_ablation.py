@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ablation
-from common import write_json
+from common import write_json, write_jsonl
 from mini import ROOT, make_model, make_rows
 from nano.config import flat_items, read_stage
 
@@ -22,6 +22,12 @@ def write_scores(folder: Path, cer: float, alpha: float) -> Path:
     ]  # fmt: skip
     rows += [{"model": model, "test_set": "no_speech", "chars_per_minute": 400 * cer} for model in ("stage3", "final")]
     write_json(folder / "eval/summary.json", rows)
+    for model, test_set in ((row["model"], row["test_set"]) for row in rows):
+        reference = "" if test_set == "no_speech" else "好" * 10
+        row = {"model": model, "test_set": test_set, "ref": reference, "seconds": 60, "speaker": None}
+        hypotheses = [reference + "啊" * (round(10 * cer) + number % 2) for number in range(20)]
+        transcripts = [{**row, "key": f"{number}", "hyp": text} for number, text in enumerate(hypotheses)]
+        write_jsonl(folder / f"eval/transcripts/{model}.{test_set}.jsonl", transcripts)
     curve = [{"alpha": 0.5, "telephone_cer": cer, "wideband_cer": 0.05}]
     write_json(folder / "eval/interpolation.json", {"alpha": alpha, "curve": curve})
     write_json(folder / "eval/ctc.json", {"base": 0.1, "stage1": 0.2, "stage2": cer})
@@ -34,8 +40,9 @@ def test_the_table_has_a_line_a_variant_and_one_without_interpolation(tmp_path):
     assert lines[0] == "## Seed 7"
     assert lines[4].startswith("| as it is, alpha 1 | 10.0 (8.0-12.0) | ")
     assert lines[4].endswith("| 40 | 10.0 → 20.0 → 10.0 |")
-    assert lines[5].startswith("| without wideband replay, alpha 0.5 | 30.0 (28.0-32.0) | 30.0")
-    assert lines[6].startswith("| without wideband replay, without interpolation | 30.0 (28.0-32.0) | 40.0 (38.0-42.0)")
+    assert lines[5].startswith("| without wideband replay, alpha 0.5 | 30.0 (28.0-32.0)* | 30.0")
+    assert lines[5].endswith("| 120* | 10.0 → 20.0 → 30.0 |") and "*" not in lines[4]
+    assert lines[6].startswith("| without wideband replay, without interpolation | 30.0 (28.0-32.0)* | 40.0 (38")
     assert lines[10] == "| 0.5 | 10.0 | 5.0 |"
 
 
