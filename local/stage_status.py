@@ -151,6 +151,10 @@ def check(root: str, stage: int, now: dict, force: bool = False, refuse: bool = 
     for path, size in marker["outputs"].items():
         if not os.path.isfile(path) or os.path.getsize(path) != size:
             return MUST_RUN, f"{path} is gone or was changed since {marker['time']}"
+    if stage == -1:  # an id was found in a hub's cache, which may have been cleared
+        weights = Path(Path(root, "model/model_dir.txt").read_text("utf-8").strip(), "model.pt")
+        if not weights.is_file():
+            return MUST_RUN, f"{weights} is gone since {marker['time']}"
     return NOTHING_TO_DO, f"nothing to do, inputs and options are those of {marker['time']}"
 
 

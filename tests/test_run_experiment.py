@@ -42,7 +42,8 @@ def write(path, text="written\\n"):
 
 
 if name == "download_model.py":
-    write(option("--output") / "model_dir.txt", str(option("--model").resolve()) + "\\n")
+    found = os.environ.get("CACHE") or option("--model").resolve()
+    write(option("--output") / "model_dir.txt", f"{{found}}\\n")
     write(option("--output") / "check.json")
 elif name == "train.py":
     for file in ("averaged.pt", "run.json", "model.pt.ep1"):
@@ -451,6 +452,18 @@ def test_what_a_failed_check_left_feeds_no_later_stage(recipe, tmp_path):
     assert recipe(1, 4).returncode == 1, "stage 2 was trained from another checkpoint"
     (recipe.exp / "status/stage1.json").unlink()
     assert recipe(4).returncode == 0, "nothing is known against work without a marker"
+
+
+def test_a_model_that_is_gone_from_a_hubs_cache_is_found_again(recipe, tmp_path):
+    found = shutil.copytree(tmp_path / "base model", tmp_path / "cache")
+    environment = {"CACHE": found}
+    assert recipe(-1, model="of/hub", environment=environment).returncode == 0
+    assert "nothing to do" in recipe(-1, model="of/hub", environment=environment).stdout
+    found.rename(tmp_path / "moved")
+    assert "run stage -1 first: bash run_experiment.sh -1" in recipe(0, model="of/hub").stderr
+    environment = {"CACHE": tmp_path / "moved"}
+    assert f"{found}/model.pt is gone" in recipe(-1, model="of/hub", environment=environment).stdout
+    assert recipe(0, model="of/hub").returncode == 0
 
 
 def test_stages_of_different_runs_are_not_mixed(recipe, tmp_path):
