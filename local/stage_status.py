@@ -83,6 +83,11 @@ def changes(before: dict[str, dict[str, str]], now: dict[str, dict[str, str]]) -
         old, new = before["inputs"].get(path, "absent"), now["inputs"].get(path, "absent")
         if old != new:
             found.append(f"{path} {'is new' if old == 'absent' else 'is gone' if new == 'absent' else 'changed'}")
+    # They stand in the order of the options that named them: dev and test may have been taken for each other.
+    both = before["inputs"].keys() & now["inputs"].keys()
+    orders = ([path for path in facts["inputs"] if path in both] for facts in (before, now))
+    if moved := sorted(path for path, other in zip(*orders, strict=True) if path != other):
+        found.append(f"{', '.join(moved)} changed places")
     return found
 
 

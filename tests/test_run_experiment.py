@@ -535,6 +535,14 @@ def test_a_stage_redone_makes_the_next_one_out_of_date(recipe):
     assert "stage1_encoder_adapt/averaged.pt changed" in refused.stderr
 
 
+def test_two_corpora_that_change_places_are_a_change(recipe, tmp_path):
+    dev, test = tmp_path / "real_dev.jsonl", tmp_path / "real_test.jsonl"
+    assert recipe(-1, 0, real_8k_dev=test, real_8k_test=dev).returncode == 0
+    refused = recipe(0, real_8k_dev=dev, real_8k_test=test)
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1
+    assert f"{dev}, {test} changed places" in refused.stderr
+
+
 def test_options_that_do_not_change_the_result_do_not_redo_it(recipe):
     assert recipe(-1, 0).returncode == 0
     assert "nothing to do" in recipe(0, num_workers=7, max_reject_ratio=0.5).stdout
