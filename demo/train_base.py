@@ -32,7 +32,7 @@ def helper(name: str, *arguments: str | Path) -> None:
 
 
 def train_base(train: Path, dev: Path, extra: list[Path], output: Path, conf: Path, seed: int) -> None:
-    """Build and train the model folder `output`; its marker base_model.json is written last."""
+    """Build and train the model folder `output`, which takes its name with its marker, base_model.json, in it."""
     inputs = {str(path): file_hash(path) for path in [train, dev, *extra, conf]} | {"seed": seed}
     marker = output / "base_model.json"
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == inputs:
@@ -64,10 +64,11 @@ def train_base(train: Path, dev: Path, extra: list[Path], output: Path, conf: Pa
 
     trained = torch.load(work / "exp" / "averaged.pt", map_location="cpu")["state_dict"]
     save_atomically(trained, work / "model" / "model.pt")
+    logs = shutil.ignore_patterns("*.pt*")
+    shutil.copytree(work / "exp", work / "model" / "training", ignore=logs, dirs_exist_ok=True)
+    write_json(work / "model" / marker.name, inputs)
     shutil.rmtree(output, ignore_errors=True)
     os.replace(work / "model", output)
-    shutil.copytree(work / "exp", output / "training", ignore=shutil.ignore_patterns("*.pt*"))
-    write_json(marker, inputs)
     shutil.rmtree(work)
 
 

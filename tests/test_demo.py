@@ -1,8 +1,17 @@
 """The demo's corpus: the same from run to run, and its sets are of different people."""
 
+import functools
 import itertools
+import json
+import os
+import shutil
 from pathlib import Path
 
+import pytest
+import torch
+
+import miniature
+import train_base
 from speak_corpus import SETS, VOICES, speak_set
 
 
@@ -19,3 +28,50 @@ def test_an_utterance_sounds_alike_whatever_was_spoken_before_it(tmp_path):
 def test_no_voice_of_dev_or_test_is_in_a_training_set():
     lists = {voices: set(VOICES[voices].split()) for _kinds, voices, _count, _held_out in SETS.values()}
     assert all(not lists[one] & lists[other] for one, other in itertools.combinations(lists, 2))
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """A function that trains the base model of stand-ins for build_folder and the helpers; the folder it writes."""
+    for name in ("train.jsonl", "dev.jsonl", "conf.yaml"):
+        (tmp_path / name).write_text('{"target": "a"}\n')
+
+    def build_folder(folder, _alphabet, seed):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model.pt").write_bytes(b"random")
+
+    def helper(name, *arguments):
+        options = dict(itertools.pairwise(arguments))
+        if name == "train.py":
+            assert options["--init_checkpoint"].is_file()
+            options["--output_dir"].mkdir(exist_ok=True)
+            (options["--output_dir"] / "run.json").write_text("{}")
+            torch.save({"state_dict": {"a": torch.ones(1)}}, options["--output_dir"] / "averaged.pt")
+
+    monkeypatch.setattr(miniature, "build_folder", build_folder)
+    monkeypatch.setattr(train_base, "helper", helper)
+    files = [tmp_path / name for name in ("train.jsonl", "dev.jsonl", "conf.yaml")]
+    return lambda output: train_base.train_base(*files[:2], [], output, files[2], seed=0)
+
+
+def kill(real, calls, number, *arguments, **options):
+    if next(calls) == number:
+        raise KeyboardInterrupt
+    return real(*arguments, **options)
+
+
+def test_a_base_model_whose_making_was_killed_is_made_by_the_same_command(base, tmp_path):
+    for number in itertools.count():
+        output, calls = tmp_path / str(number) / "base_model", itertools.count()
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name in ((shutil, "rmtree"), (shutil, "copytree"), (os, "replace")):
+                patch.setattr(owner, name, functools.partial(kill, getattr(owner, name), calls, number))
+            try:
+                base(output)
+                break
+            except KeyboardInterrupt:
+                pass
+        base(output)
+        assert json.loads((output / "base_model.json").read_text()) and (output / "training/run.json").is_file()
+        assert torch.equal(torch.load(output / "model.pt")["a"], torch.ones(1))
+    assert number > 5
