@@ -4,7 +4,7 @@
 
 Builds a model folder of the released layout (demo/miniature.py) over the characters of --train and --alphabet,
 formats the rows with prepare_training_data.py and trains every module with train.py and conf/demo/base_model.yaml.
-The folder takes its name when it is trained; a rerun with the same data, seed and YAML does nothing.
+The folder takes its name when it is trained; a rerun with the same data, seed and YAMLs does nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def helper(name: str, *arguments: str | Path) -> None:
 
 def train_base(train: Path, dev: Path, extra: list[Path], output: Path, conf: Path, seed: int) -> None:
     """Build and train the model folder `output`, which takes its name with its marker, base_model.json, in it."""
-    inputs = {str(path): file_hash(path) for path in [train, dev, *extra, conf]} | {"seed": seed}
+    sizes = ROOT / "conf/demo/miniature.yaml"
+    inputs = {str(path): file_hash(path) for path in [train, dev, *extra, conf, sizes]} | {"seed": seed}
     marker = output / "base_model.json"
     if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == inputs:
         logging.info("%s is trained already: nothing to do", output)

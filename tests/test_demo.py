@@ -75,3 +75,14 @@ def test_a_base_model_whose_making_was_killed_is_made_by_the_same_command(base, 
         assert json.loads((output / "base_model.json").read_text()) and (output / "training/run.json").is_file()
         assert torch.equal(torch.load(output / "model.pt")["a"], torch.ones(1))
     assert number > 5
+
+
+def test_another_size_of_the_miniature_is_another_base_model(base, tmp_path, monkeypatch):
+    shutil.copytree(train_base.ROOT / "conf", tmp_path / "conf")
+    monkeypatch.setattr(train_base, "ROOT", tmp_path)
+    base(tmp_path / "base_model")
+    before = (tmp_path / "base_model/base_model.json").read_text()
+    with open(tmp_path / "conf/demo/miniature.yaml", "a") as file:
+        file.write("dataset: FunASR\n")
+    base(tmp_path / "base_model")
+    assert (tmp_path / "base_model/base_model.json").read_text() != before
