@@ -205,3 +205,17 @@ def test_early_stopping_counts_on_after_a_kill_and_a_finished_training_trains_no
     assert training.run(None) == [[DONE, 0]]
     assert training.runs()[-1] == []
     assert all(torch.equal(tensor, first[name]) for name, tensor in training.averaged().items())
+
+
+@pytest.mark.full
+def test_a_checkpoint_that_was_deleted_to_save_disk_is_not_averaged(corpus, tmp_path):
+    conf = {"max_epoch": 3, "keep_nbest_models": 3, "avg_nbest_model": 3, "early_stopping_patience": 0}
+    training = Training(corpus, tmp_path / "deleted", train_conf=conf)
+    assert training.run(["batch", 2, 1]) == [[KILLED, 0]]
+    (training.output / "model.pt.ep1").unlink()
+    assert training.run(None) == [[DONE, 0]]
+    assert set(torch.load(training.output / "averaged.pt")["averaged"]) == {"model.pt.ep2", "model.pt.ep3"}
+    for path in training.output.glob("model.pt.ep*"):
+        path.unlink()
+    with pytest.raises(AssertionError, match="error: no checkpoint to average.*--force true"):
+        training.run(None)

@@ -98,7 +98,8 @@ def average(checkpoints: list[Path], trainable: set[str], initial: Path) -> Stat
     A frozen tensor that `initial` lacks (an untrained CTC branch) is taken from the last checkpoint.
     """
     if not checkpoints:
-        raise UserError("no validated checkpoint to average; is the loss of the dev list finite?")
+        raise UserError("no checkpoint to average: the loss of the dev list was not finite, or every model.pt.ep* was "
+                        "deleted; see the log, then redo the stage with --force true")  # fmt: skip
     states = [read_trained(path) for path in checkpoints]
     start, _lora = load(initial)
     averaged = {}
