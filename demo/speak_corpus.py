@@ -240,10 +240,10 @@ def speak_set(name: str, texts: list[str], first: int, folder: Path, seed: int) 
     return rows
 
 
-def inputs(sentences: Path, seed: int) -> dict:
-    """What the corpus depends on; beside it when it is whole."""
+def inputs(output: Path, sentences: Path, seed: int) -> dict:
+    """What the corpus depends on, and where its lists say it lies; beside it when it is whole."""
     files = [sentences, Path(__file__), ROOT / "conf/telephone_channel.yaml"]
-    return {"seed": seed, **{path.name: file_hash(path) for path in files}}
+    return {"folder": str(output.resolve()), "seed": seed, **{path.name: file_hash(path) for path in files}}
 
 
 def make_corpus(output: Path, sentences: Path, seed: int, workers: int) -> dict[str, int]:
@@ -261,7 +261,7 @@ def make_corpus(output: Path, sentences: Path, seed: int, workers: int) -> dict[
         rows[name] += part
     for name, part in rows.items():
         write_jsonl(temporary / f"{name}.jsonl", part)
-    write_json(temporary / "corpus.json", inputs(sentences, seed))
+    write_json(temporary / "corpus.json", inputs(output, sentences, seed))
     shutil.rmtree(output, ignore_errors=True)
     temporary.rename(output)
     return {name: len(part) for name, part in rows.items()}
@@ -278,8 +278,8 @@ def get_args() -> argparse.Namespace:
 
 def main() -> None:
     args = get_args()
-    marker = args.output / "corpus.json"
-    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == inputs(args.sentences, args.seed):
+    marker, wanted = args.output / "corpus.json", inputs(args.output, args.sentences, args.seed)
+    if marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == wanted:
         logging.info("%s is spoken already: nothing to do", args.output)
         return
     counts = make_corpus(args.output, args.sentences, args.seed, args.num_workers)

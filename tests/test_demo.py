@@ -5,13 +5,16 @@ import itertools
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import miniature
+import speak_corpus
 import train_base
+from common import read_jsonl
 from speak_corpus import SETS, VOICES, speak_set
 
 
@@ -23,6 +26,22 @@ def test_an_utterance_sounds_alike_whatever_was_spoken_before_it(tmp_path):
         for row, again in zip(whole[3:], late, strict=True):
             assert row["speaker"] == again["speaker"]
             assert Path(row["source"]).read_bytes() == Path(again["source"]).read_bytes(), row["key"]
+
+
+def test_a_corpus_that_was_moved_is_spoken_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(speak_corpus, "SETS", {"wideband_dev": ({"wideband": 1}, "dev", 1, True)})
+
+    def source(folder):
+        command = ["speak_corpus.py", "--output", str(tmp_path / folder), "--num_workers", "1"]
+        monkeypatch.setattr(sys, "argv", command)
+        speak_corpus.main()
+        return Path(next(read_jsonl(tmp_path / folder / "wideband_dev.jsonl"))["source"])
+
+    first = source("here")
+    was = first.stat().st_mtime_ns
+    assert source("here") == first and first.stat().st_mtime_ns == was
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert source("there").is_file()
 
 
 def test_no_voice_of_dev_or_test_is_in_a_training_set():
