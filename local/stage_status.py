@@ -110,16 +110,19 @@ def check_parents(root: str, stage: int, parents: list[int], now: dict[str, str]
 
     Without a marker, as in a folder that borrows another's data, nothing is known against the work.
     """
-    trained = Path(os.path.abspath(root), "exp/8k_telephone")
+    here = os.path.abspath(root)
     for parent, marker in ((number, read_marker(root, number)) for number in parents):
         if marker is None:
             continue
         if marker["state"] != "done":
             raise UserError(f"stage {stage} reads the work of stage {parent}, which is not done ({marker['state']} "
                             f"{marker['time']}); finish it first: bash run_experiment.sh {parent}", code=2)  # fmt: skip
+        there = marker.get("root", here)  # the experiment may have been copied or renamed since
         for path, was in marker["inputs"].items():
             folder = Path(path).parent  # one that was moved aside ends in digits, its time
-            ours = folder.parent == trained and folder.match("stage?_*[a-z]")  # not the user's INIT_CHECKPOINT
+            # Not the user's INIT_CHECKPOINT.
+            ours = folder.parent == Path(there, "exp/8k_telephone") and folder.match("stage?_*[a-z]")
+            path = path.replace(there, here, 1)
             if ours and (now.get(path) or hash_input(path)) not in (was, "absent"):  # absent: deleted, to save disk
                 again = f"{parent} 3 --force true" if parent <= 3 else parent
                 raise UserError(f"stage {parent} was made from another stage {folder.name[5]} than the one that is "
@@ -166,7 +169,7 @@ def check(root: str, stage: int, now: dict, force: bool = False, refuse: bool = 
 def start(root: str, stage: int, now: dict) -> None:
     """Write down that a stage began, with what it reads."""
     facts = {"state": "started", "time": time.strftime(CLOCK), "began": time.time(), "host": socket.gethostname()}
-    write_json(marker_path(root, stage), facts | now)
+    write_json(marker_path(root, stage), facts | {"root": os.path.abspath(root)} | now)
 
 
 def failed(root: str, stage: int, log: str) -> None:

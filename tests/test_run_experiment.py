@@ -483,6 +483,15 @@ def test_stages_of_different_runs_are_not_mixed(recipe, tmp_path):
     assert recipe(5, force="true").returncode == 0, "a checkpoint that was read may be deleted to save disk"
 
 
+def test_stages_of_different_runs_are_not_mixed_in_a_copy(recipe, tmp_path):
+    assert recipe(-1, 2).returncode == 0
+    shutil.copytree(recipe.exp, tmp_path / "copy")
+    assert recipe(1, seed=1, force="true", exp_output=tmp_path / "copy").returncode == 0
+    refused = recipe(3, exp_output=tmp_path / "copy")
+    assert refused.returncode == 2 and "stage 2 was made from another stage 1" in refused.stderr
+    assert recipe(3).returncode == 0
+
+
 def test_the_other_machines_leave_the_books_to_machine_0(recipe):
     assert recipe(-1, 1).returncode == 0
     marker = recipe.exp / "status/stage1.json"
