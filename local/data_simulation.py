@@ -96,7 +96,7 @@ def simulate_row(row: dict[str, Any], job: Job) -> dict[str, Any]:
         out |= {"wideband_source": row["source"]} | {f"wideband_{name}": value for name, value in cut.items()}
     if job["online"]:
         source = leave_wideband(row["source"], cut, samples, fs, path, job["output_fs"])
-        return out | {"source": source, "channel": {"online": job["online"]}}
+        return out | {"source": source, "channel": job["online"]}
     call = apply(plan, samples, fs, job["output_fs"], row["key"], job["pool"], job["noises"])
     if "source" in row and plan["measured"]["sent_dbov"] is None:
         raise audio.AudioError("silent", SILENT)
@@ -220,8 +220,10 @@ def make_job(args: argparse.Namespace) -> Job:
         "parts": os.path.abspath(args.output.with_name(f".{args.output.stem}.parts")),
     }  # fmt: skip
     if args.online:
-        job["online"] = os.path.abspath(args.output.with_name(f"channel_{args.output.stem}.json"))
-        write_json(job["online"], {name: job[name] for name in ("config", "seed", "output_fs", "pool", "noises")})
+        settings = os.path.abspath(args.output.with_name(f"channel_{args.output.stem}.json"))
+        write_json(settings, {name: job[name] for name in ("config", "seed", "output_fs", "pool", "noises")})
+        # By their hash the list is another one when they are, and a stage that trained on it is out of date.
+        job["online"] = {"online": settings, "settings": file_hash(settings)}
     code = [file_hash(path) for path in [__file__, *sorted(Path(__file__).parent.glob("telephone/*.py"))]]
     libraries = [metadata.version(name) for name in ("av", "numpy", "scipy", "soundfile", "soxr")]
     mixed_in = [file_stamp(recording.source) for recording in [*pool, *noises]]

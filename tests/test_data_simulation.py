@@ -371,6 +371,15 @@ def test_online_leaves_wideband_audio_to_training_and_cuts_what_must_be(corpus):
     assert simulate(corpus, "--online", "--output_fs", 8000, output="online8").returncode == 2
 
 
+def test_other_settings_of_an_online_channel_are_another_list(corpus):
+    lists = []
+    for noises in ("wav/1.wav", "wav/2.wav"):  # of train alone, as dev and test may hear the same as before
+        (corpus / "own.scp").write_text(f"a {corpus / 'wav/0.wav'}\nb {corpus / noises}\n")
+        assert simulate(corpus, "--online", "--bg_noise_scp", "own.scp", output="others").returncode == 0
+        lists.append((corpus / "others/sim.jsonl").read_bytes())
+    assert lists[0] != lists[1]
+
+
 def test_training_hears_in_an_epoch_what_stage_0_writes_for_it(corpus):
     assert simulate(corpus, "--online", "--seed", 3, output="live").returncode == 0
     settings = str(corpus / "live/channel_sim.json")
