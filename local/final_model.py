@@ -105,7 +105,7 @@ def write_weights(model_dir: Path, checkpoint: Path, target: Path) -> None:
         raise UserError(f"{checkpoint} lacks {len(missing)} tensors of {model_dir}/model.pt, first {missing[0]}")
     # clone: FunASR hands the LLM to vLLM as safetensors, which refuses tied tensors that share their memory.
     state = {name: tensor.to(source.get(name, tensor).dtype).clone() for name, tensor in state.items()}
-    torch.save(state, target / "model.pt")
+    weights.save_atomically(state, target / "model.pt")
 
 
 def check_loads(folder: Path) -> None:

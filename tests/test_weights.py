@@ -115,6 +115,15 @@ def score_row(model, test_set, cer):
     return {"model": model, "test_set": test_set, "cer": cer}
 
 
+def test_a_checkpoint_that_finds_no_space_left_is_one_line_and_leaves_nothing(tmp_path, disk):
+    torch.save({"w": torch.ones(300_000)}, tmp_path / "a.pt")
+    folder = disk("size=64k")
+    done = helper_here(final_model.main, "mix", "--base", tmp_path / "a.pt", "--adapted", tmp_path / "a.pt",
+                       "--alpha", 0.5, "--output", folder / "mix.pt")  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith("error: No space left") and done.stderr.count("\n") == 1
+    assert not list(folder.iterdir())
+
+
 def test_the_best_telephone_model_within_the_wideband_budget_is_chosen():
     rows = [score_row("base", "wideband_dev", 0.050)]
     for alpha, simulated, real, wideband in (("0.25", 0.3, 0.4, 0.052), ("0.50", 0.2, 0.3, 0.058),

@@ -150,4 +150,9 @@ def digest(tensor: torch.Tensor) -> str:
 def save_atomically(checkpoint: Any, path: str | os.PathLike) -> None:
     """torch.save under a temporary name, then rename: a checkpoint is whole or absent."""
     with atomic_write(path, "wb") as file:
-        torch.save(checkpoint, file)
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # on a full disk PyTorch's archive cannot be closed, and that is all it says
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
