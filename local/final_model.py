@@ -160,7 +160,9 @@ def export(args: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{args.summary}: {error}; run stage 4 first") from error
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{args.output.name}.", dir=args.output.parent) as beside:
+    for stale in args.output.parent.glob(f".{args.output.name}.*.tmp"):  # gigabytes, of an export that was killed
+        shutil.rmtree(stale)
+    with tempfile.TemporaryDirectory(".tmp", f".{args.output.name}.", args.output.parent) as beside:
         part = Path(beside) / args.output.name
         part.mkdir()
         copy_configuration(args.model_dir, part, args.frontend_fs, itn)
