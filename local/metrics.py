@@ -130,9 +130,9 @@ def read_keywords(path: str | os.PathLike, chinese_numerals: bool = False) -> di
 
 
 def _spelling(word: str) -> str:
-    # A Latin keyword must not be found inside a longer word: app in happy.
-    edge = "" if re.search(rf"[{CJK}]", word) else rf"[^\W{CJK}]"
-    return rf"(?<!{edge}){re.escape(word)}(?!{edge})" if edge else re.escape(word)
+    # Latin letters and digits must not be the end of a longer word, or the beginning: app in happy, 2期 in 12期.
+    before, after = ("" if re.match(f"[{CJK}]", letter) else rf"[^\W{CJK}]" for letter in (word[0], word[-1]))
+    return (before and f"(?<!{before})") + re.escape(word) + (after and f"(?!{after})")
 
 
 def keyword_counts(texts: Sequence[str], keywords: dict[str, re.Pattern]) -> np.ndarray:

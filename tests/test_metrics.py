@@ -103,6 +103,9 @@ def test_keywords_are_matched_as_a_multiset(tmp_path):
     assert kwer(keywords, "退款申请", "退款声请") == (2, 1, 1)  # overlapping: each keyword on its own
     assert kwer(keywords, "app", "happy") == (1, 0, 0)  # a Latin keyword is a whole word
     assert kwer(keywords, "用app登录", "用app登录") == (1, 1, 1)
+    (tmp_path / "mixed.txt").write_text("2期\n办VIP\n", "utf-8")
+    mixed = metrics.read_keywords(tmp_path / "mixed.txt")
+    assert kwer(mixed, "分12期办vips", "分2期办vip") == (0, 0, 2)  # nor is the Latin end of a mixed one
     assert kwer(keywords, "无", "无") == (0, 0, 0)
     (tmp_path / "wide.txt").write_text("逾期｜预期＃又叫\n", "utf-8")
     assert kwer(metrics.read_keywords(tmp_path / "wide.txt"), "逾期了", "预期了") == (1, 1, 1)
