@@ -26,6 +26,7 @@ from common import UserError, read_lines
 CJK = "\u3005\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(rf"[{CJK}]|[^\s{CJK}]+")
 MARKUP = re.compile(r"<\|[^|<>]*\|>")
+UNSEEN = re.compile("[\ufe00-\ufe0f\u20e3\U000e0100-\U000e01ef]")  # variation selectors of emoji and Han, key caps
 SPACE_AT_CJK = re.compile(rf"(?<=[{CJK}])\s+|\s+(?=[{CJK}])")
 DIGITS = str.maketrans("0123456789", "零一二三四五六七八九")
 # A stretch of up to 12 characters five times in a row.
@@ -42,7 +43,7 @@ def normalise(raw: str, chinese_numerals: bool = False) -> str:
     A per-cent sign and the point inside a number carry meaning and stay. `chinese_numerals` writes Arabic
     numbers in Chinese with FunASR's own text normaliser.
     """
-    text = unicodedata.normalize("NFKC", MARKUP.sub(" ", raw)).lower()
+    text = unicodedata.normalize("NFKC", UNSEEN.sub("", MARKUP.sub(" ", raw))).lower()
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)  # 1,000 is one word, and so is don't
     if chinese_numerals:
         from funasr.models.fun_asr_nano.tools.cn_tn import normalize_nsw  # imports all of funasr

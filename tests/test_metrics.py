@@ -44,6 +44,7 @@ def test_wer_counts_a_chinese_character_as_a_word_and_a_latin_word_as_one():
     [
         ("涨了3.5%。", "涨了3.5%"), ("1,000元", "1000元"), ("I don't know.", "i dont know"), ("退 款 了", "退款了"),
         ("<|zh|>你好", "你好"), ("...", ""), ("", ""), ("第①步", "第1步"), ("1,2345", "1 2345"),
+        ("好❤️的1️⃣", "好的1"), ("葛\U000e0100先生", "葛先生"),  # what follows a sign to say how it looks is no character
     ],
 )
 def test_normalisation_keeps_what_is_heard(raw, normalised):
