@@ -143,6 +143,8 @@ def test_the_verdict_follows_the_scores():
         verdict = judge([row | (change if at == index else {}) for at, row in enumerate(GOOD)], 0.01)
         assert verdict["deploy"] is False and reason in verdict["against"][0]
     assert "0.125 are allowed" in judge(GOOD, 0.00125)["against"][0]
+    at_limit = [*GOOD[:2], score("base", "wideband_test", 0.04), score("final", "wideband_test", 0.05), *GOOD[4:]]
+    assert judge(at_limit, 0.01)["deploy"] is True  # 0.05 - 0.04 is a little over 0.01
     unscored = [row for row in GOOD if row["test_set"] != "wideband_test"]
     assert judge(unscored, 0.01)["against"] == ["wideband speech: not scored"]
     textless = [row | {"cer": None} if row["test_set"] == "wideband_test" else row for row in GOOD]
