@@ -244,11 +244,12 @@ def gather(exp_output: Path, with_audio: bool) -> dict[str, Any]:
         row["audio"] = embed(row["audio"], missing) if with_audio else None
     keywords = sorted(calls.get("keywords", []),
                       key=lambda row: (row["reference"] == 0, row["keyword_recall"], -row["reference"]))
+    confusions = sorted(calls.get("confusions", []), key=lambda row: -row["count"])
     return {
         "exp_output": exp_output, "summary": summary, "choice": choice, "sets": SETS, "with_audio": with_audio,
         "verdict": judge(summary, choice["max_wideband_loss"] if choice else 0.01),
         "condition_groups": condition_groups(details["conditions"]), "worst": worst, "keywords": keywords[:40],
-        "confusions": calls.get("confusions", [])[:20], "stages": stages(exp_output, missing),
+        "confusions": confusions[:20], "stages": stages(exp_output, missing),
         "gallery": gallery(base["simulated_test"], base["wideband_test"], missing) if with_audio else [],
         "data": data_counts(exp_output, missing), "commands": commands(exp_output), "missing": missing,
         "decoding": [json.loads(path.read_text("utf-8")) for path in sorted(evaluation.glob("transcripts/*.run.json"))],

@@ -14,7 +14,7 @@ import final_model
 from common import write_json, write_jsonl
 from mini import helper, helper_here, log_line
 from miniature import build_folder
-from report import condition_groups, judge, stages
+from report import condition_groups, gather, judge, stages
 
 TEXTS = ["您好我要退款", "订单号三五七九", "您的账户已经逾期", "好的我同意办理", "请问是本人吗", "还款日是十五号"]
 ERROR_RATES = {"base": 0.45, "stage1": 0.2, "stage2": 0.15, "stage3": 0.12, "final": 0.1}
@@ -166,6 +166,15 @@ def test_the_speakers_with_most_errors_come_first():
              "characters": count} for name, cer, count in (("one word", 1.0, 2), ("ten calls", 0.2, 1000))]  # fmt: skip
     (group,) = condition_groups(rows)
     assert [row["value"] for row in group["rows"]] == ["ten calls", "one word"]
+
+
+def test_the_most_frequent_confusions_are_those_of_all_calls(tmp_path):
+    rows = [{"model": "final", "test_set": name, "reference": old, "hypothesis": "", "count": count}
+            for name, count, letters in (("real_test", 1, "甲乙丙丁" * 8), ("simulated_test", 50, "戊己"))
+            for old in letters]
+    write_json(tmp_path / "eval" / "details.json", {"conditions": [], "confusions": rows})
+    shown = gather(tmp_path, False)["confusions"]
+    assert [row["count"] for row in shown] == [50, 50, *[1] * 18]
 
 
 def test_losses_are_read_from_the_trainers_own_log_lines(tmp_path):
