@@ -40,11 +40,14 @@ def get_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+FIELDS = {"key", "hyp", "ref", "seconds", "model", "test_set"}  # what a transcript cannot do without
+
+
 class Scored:
     """One model's transcripts of one test set, normalised and counted."""
 
     def __init__(self, rows: list[dict[str, Any]], keywords: dict[str, re.Pattern], chinese_numerals: bool):
-        self.rows, self.keywords = rows, list(keywords)
+        self.rows, self.keywords, self.keys = rows, list(keywords), [row["key"] for row in rows]
         self.model, self.test_set = rows[0]["model"], rows[0]["test_set"]
         self.references = [metrics.normalise(row["ref"], chinese_numerals) for row in rows]
         self.hypotheses = [metrics.normalise(row["hyp"], chinese_numerals) for row in rows]
@@ -70,7 +73,7 @@ class Scored:
         written_low, written_high = (
             metrics.bootstrap(self.clusters, counts.errors, minutes, resamples) if silent else (None, None))
         p_value = None
-        if base is not None and [row["key"] for row in base.rows] == [row["key"] for row in self.rows]:
+        if base is not None and base.keys == self.keys:
             p_value = metrics.paired_p_value(self.clusters, counts.errors, base.characters.errors, per, resamples)
         return {
             "model": self.model, "test_set": self.test_set, "utterances": len(self.rows),
@@ -135,6 +138,8 @@ def read_transcripts(folder: str, models: list[str] | None = None) -> Iterator[l
         rows = list(read_jsonl(path))
         if not rows:
             raise UserError(f"{path} is empty; decode again")
+        if missing := [name for row in rows for name in sorted(FIELDS - row.keys())]:
+            raise UserError(f"{path} is no transcript of decode.py: a row has no {missing[0]}", code=2)
         if models is None or rows[0]["model"] in models:
             yield rows
 
@@ -214,6 +219,9 @@ def main() -> None:
     write_json(Path(args.output).parent / "details.json", details)
     write_json(args.output, summary)
     print_table(summary)
+    for one in scored:
+        if bases.get(one.test_set, one).keys != one.keys:
+            logging.warning("%s: %s has not the rows of base, in their order: no p-value", one.test_set, one.model)
     for test_set in dict.fromkeys(one.test_set for one in scored if len(one.rows) > 1 and not one.clusters.any()):
         logging.warning("%s: no intervals, as all its rows share a call or a speaker, if by way of others", test_set)
     logging.info("%d transcripts scored, %s", len(scored), args.output)

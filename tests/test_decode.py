@@ -312,6 +312,18 @@ def test_that_one_agent_in_every_call_leaves_no_interval_is_said(tmp_path):
     assert [json.loads((tmp_path / "s.json").read_text())[0][name] for name in ("cer", "cer_low")] == [0.5, None]
 
 
+def test_transcripts_of_other_rows_are_not_compared_in_silence(tmp_path):
+    for model, rows in (("base", 3), ("final", 2)):
+        write_jsonl(tmp_path / f"t/{model}.real_test.jsonl",
+                    transcript_rows(model, "real_test", ["好"] * rows, ["好的"] * rows))  # fmt: skip
+    done = helper("score.py", "--transcripts", tmp_path / "t", "--output", tmp_path / "s.json")
+    assert done.stderr.count("WARNING") == 1 and "real_test: final has not the rows of base" in done.stderr
+    write_jsonl(tmp_path / "t/list.jsonl", [{"key": "a", "speech_length": 100}])
+    done = helper("score.py", "--transcripts", tmp_path / "t", "--output", tmp_path / "s.json")
+    assert done.returncode == 2 and "list.jsonl is no transcript of decode.py" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_the_mix_is_chosen_on_dev_and_without_p_values(tmp_path):
     for model, test_set, hypothesis in (
         ("base", "real_dev", "预"), ("alpha_0.50", "real_dev", "预期了"), ("alpha_1.00", "real_dev", "逾期了吗"),
