@@ -39,7 +39,7 @@ def make_experiment(folder, utterances=60):
             rows.append({
                 "key": f"utt{number}", "ref": TEXTS[number % 6] if test_set != "no_speech" else "",
                 "seconds": seconds, "condition": channel if test_set == "simulated_test" else None,
-                "speaker": f"s{number % 20}", "call": None, "corpus": ("hkust.v1.2", "own")[number % 2],
+                "speaker": f"s{number % 20}", "call": None, "corpus": ("hkust.v1.2", "own|calls")[number % 2],
                 "test_set": test_set, "audio": str(path),
             })
         audio_rows[test_set] = rows
@@ -96,6 +96,9 @@ def test_headline_agrees_with_the_summary_and_the_file_needs_no_network(experime
     assert "Missing from this report" not in page
     assert re.findall(r"(.*)bash run_experiment.sh '(.*)'", text) == [
         ("", "-1"), ("", "0"), ("SEED='0' ", "1"), ("SEED='0' ", "2"), ("", "4")]
+    tables = [[len(re.findall(r"(?<!\\)\|", line)) for line in part.splitlines()]
+              for part in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
+    assert len(tables) > 5 and all(len(set(table)) == 1 for table in tables), "a | in a name begins no cell"
     assert "0.125 of the adapted model" in page and "0.125 of the adapted model" in text
     assert "bash run_experiment.sh &#39;4&#39;" in page and "audio_encoder 700" in page and "abc123" in page
     for model, _ in scores:
