@@ -30,7 +30,7 @@ from telephone.resample import resample
 
 # What people record calls in; other files of a folder (texts, lists) are left alone.
 SUFFIXES = (".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".opus", ".amr", ".awb", ".3gp", ".gsm", ".sph", ".nist",
-            ".au", ".aif", ".aiff", ".wma", ".webm", ".mp4", ".g722", ".w64", ".caf")
+            ".au", ".aif", ".aiff", ".wma", ".webm", ".mp4", ".g722", ".w64", ".caf", ".al", ".ul")
 VAD_FS = 8000  # the band a call has, so that one threshold serves 8 kHz and up-sampled calls
 # On 40 joined test calls of the demo these pauses and edges did best: CER 0.41, against 0.18 when cut as its corpus is.
 # Its model has only met sentences that begin at once: 50 ms more before them cost as much as all of this.

@@ -172,10 +172,10 @@ def test_hot_words_come_from_the_line_or_from_a_keyword_list(tmp_path):
 
 def test_recordings_are_found_in_folders_and_lists(tmp_path, caplog):
     caplog.set_level("INFO")
-    for name in ("a/1.wav", "a/2.MP3", "3.flac", "notes.txt", "a/data.json"):
+    for name in ("a/1.wav", "a/2.MP3", "3.flac", "4.al", "notes.txt", "a/data.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    assert sorted(transcribe.find_recordings(tmp_path)) == ["3.flac", "a/1.wav", "a/2.MP3"]
+    assert sorted(transcribe.find_recordings(tmp_path)) == ["3.flac", "4.al", "a/1.wav", "a/2.MP3"]
     assert f"2 files of other suffixes left alone, such as {tmp_path}/a/data.json" in caplog.text
     assert list(transcribe.find_recordings(tmp_path / "3.flac")) == ["3.flac"]
     (tmp_path / "a/gone.wav").symlink_to("/nowhere.wav")
