@@ -1,4 +1,4 @@
-"""Write the report of an experiment: one self-contained HTML file, and the same in Markdown.
+"""Write the report of an experiment: one self-contained HTML file, and most of it in Markdown.
 
     python local/report.py --exp_output exp_output --output exp_output/report --report_audio false
 
