@@ -157,7 +157,7 @@ def average_of(lab, config):
         torch.save({"state_dict": {"w": torch.zeros(1)}}, lab.folder / "exp" / name)
         trainer.val_acc_step_or_epoch[name], trainer.val_loss_step_or_epoch[name] = accuracy, value
         trainer._rank_checkpoint(name)
-    torch.save({}, lab.folder / "exp" / "start.pt")
+    torch.save({"w": torch.zeros(1)}, lab.folder / "exp" / "start.pt")
     trainer.initial, trainer.lora = str(lab.folder / "exp" / "start.pt"), None
     trainer.close()
     return torch.load(lab.folder / "exp" / "averaged.pt")["averaged"]
