@@ -169,6 +169,7 @@ def test_every_kind_of_bad_input_is_rejected_by_name(corpus):
     soundfile.write(bad / "empty.wav", good[:0], 16000)
     soundfile.write(bad / "one.wav", good[:1], 16000)
     soundfile.write(bad / "zeros.wav", 0 * good, 16000)
+    soundfile.write(bad / "offset.wav", 0 * good + 0.1, 16000)
     soundfile.write(bad / "hum.wav", 0.1 * np.sin(2 * np.pi * 20 * np.arange(16000) / 16000), 16000)
     soundfile.write(bad / "whole.flac", good, 16000)
     (bad / "cut.flac").write_bytes((bad / "whole.flac").read_bytes()[:9000])
@@ -183,7 +184,7 @@ def test_every_kind_of_bad_input_is_rejected_by_name(corpus):
         "nan.wav": "audio_not_finite", "empty.wav": "audio_empty", "one.wav": "too_short", "zeros.wav": "silent",
         "cut.flac": "audio_unreadable", "text.wav": "audio_unreadable", "nowhere.wav": "audio_missing",
         "inf.flac.wav": "audio_not_finite", "codec.wav": "audio_unreadable", "folder.wav": "audio_missing",
-        "96k.wav": None, "51.wav": None,
+        "offset.wav": "silent", "96k.wav": None, "51.wav": None,
     }  # fmt: skip
     lines = [json.dumps({"key": name, "source": f"bad/{name}", "target": "x"}) for name in wanted]
     wanted |= {"no_source": "missing_field", "twice": "duplicate_key", "again": "already_simulated", None: "bad_json"}
@@ -198,6 +199,7 @@ def test_every_kind_of_bad_input_is_rejected_by_name(corpus):
     assert all(row["detail"] and row["row"] for row in rejected)
     kept = rows(corpus / "bad_out/sim.jsonl")
     assert [row["key"] for row in kept] == ["96k.wav", "51.wav", "twice"] and len(kept) + len(rejected) == len(lines)
+    assert not {"zeros.wav", "offset.wav"} & {row["key"] for row in rows(corpus / "bad_out/babble_pool_sim.jsonl")}
     assert soundfile.info(kept[0]["source"]).frames == 16000
     failed = simulate(corpus, manifest="bad.jsonl", output="bad_out")
     assert_one_line(failed, 1, "--max_reject_ratio")
@@ -349,7 +351,7 @@ def test_online_leaves_wideband_audio_to_training_and_cuts_what_must_be(corpus):
     both = np.stack([speech(4, seed=1), speech(4, seed=2)], 1)
     soundfile.write(corpus / "both.wav", both, 16000, subtype="FLOAT")
     audio.write(corpus / "8k.wav", speech(1, 8000), 8000)
-    soundfile.write(corpus / "nothing.wav", np.zeros(16000), 16000)
+    soundfile.write(corpus / "nothing.wav", np.full(16000, 0.1), 16000)
     given = [
         {"key": "plain", "source": "wav/1.wav"}, {"key": "fast", "source": "96k.wav"},
         {"key": "side", "source": "both.wav", "channel": 1, "start": 1.0, "end": 2.5},
