@@ -541,6 +541,8 @@ def test_clean_pcma_is_the_plain_band_and_a_law():
         ("{mean: -26, std: 5,", "{mean: -50, std: 5,"),
         ("probability: 0.65", "probability: .nan"),
         ("probability: 0.65", "probability: often"),
+        ("probability: 0.65", "probability: !!int often"),
+        ("probability: 0.65", "probability: 0.2\n  probability: 0.65"),
         ("  low_hz: [150, 350]", "  low_hz: [150, 250, 350]"),
         ("  low_hz: [150, 350]", "  low_hz: [-150, 350]"),
         ("  low_hz: [150, 350]", "  low_hz: [.nan, 350]"),

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from omegaconf import OmegaConf
 
 from common import UserError
 from telephone import filters, packet_loss
@@ -81,8 +82,9 @@ def load_config(
 ) -> dict[str, Any]:  # fmt: skip
     """Read and check the distributions, narrowed by what the arguments say; a mistake is a UserError, code 2."""
     try:
-        config = _flat(yaml.safe_load(Path(path).read_text(encoding="utf-8")), path)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        # OmegaConf's loader refuses a key that is there twice, of which PyYAML would keep the last.
+        config = _flat(OmegaConf.to_container(OmegaConf.load(path)), path)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path}: not a readable YAML file: {error}", code=2) from error
     known = {name.removeprefix("presets."): config.pop(name) for name in [*config] if name.startswith("presets.")}
     _check(config, path)
