@@ -374,6 +374,16 @@ def test_colour_of_noise_and_hum():
     assert band(hum, 49, 51) > band(hum, 149, 151) + 5 > band(hum, 99, 101) + 40
 
 
+def test_noise_recorded_with_an_offset_does_not_click_at_the_ends(tmp_path):
+    hiss = 0.1 + 0.003 * np.random.default_rng(0).standard_normal(160_000)
+    soundfile.write(tmp_path / "hiss.wav", hiss, 16000)
+    recorded = [noise.Recording("hiss", str(tmp_path / "hiss.wav"))]
+    rng = np.random.default_rng(1)
+    for around, _ in (noise.excerpt(rng, 32000, 8000, recorded), noise.babble(rng, 32000, 8000, recorded, "x")):
+        sent = filters.send(around, 8000, "mobile")
+        assert np.abs(sent[:200]).max() < 5 * sent.std()
+
+
 def test_babble_is_others_voices_never_ones_own(tmp_path):
     pool = []
     for i in range(5):

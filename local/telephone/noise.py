@@ -127,7 +127,8 @@ def babble(
 @functools.lru_cache(maxsize=256)
 def _voice(voice: Recording, fs: int) -> np.ndarray:
     samples, rate = audio.read(*voice[1:])
-    return at_level(resample(samples[: 10 * rate], rate, fs), 0.0)  # 10 s of each is all that is kept in memory
+    samples = samples[: 10 * rate]  # that is all that is kept in memory
+    return at_level(resample(samples - samples.mean(), rate, fs), 0.0)  # an offset would be a step at either end
 
 
 def excerpt(
@@ -139,7 +140,7 @@ def excerpt(
     seconds = length.samples / length.rate
     start = float(rng.uniform(0.0, max(0.0, seconds - count / fs)))
     samples, rate = audio.read(chosen.source, None, start, min(start + count / fs + 0.01, seconds))
-    return np.resize(resample(samples, rate, fs), count), [chosen.key]
+    return np.resize(resample(samples - samples.mean(), rate, fs), count), [chosen.key]
 
 
 def read_scp(path: str | os.PathLike) -> list[Recording]:
