@@ -44,7 +44,8 @@ KINDS: list[tuple[str, list[str], dict[str, Any]]] = [
     ("HD leg: G.722, cut to 8 kHz by the exchange", ["g722"], {}),
     ("Cordless set: G.726", ["g726"], {}),
     ("Recorder: MP3 at 8 kbit/s", [], {"recorder": {"codec": "mp3", "kbps": 8.0}}),
-    ("10 % of the packets lost, in bursts", [], {"packet_loss": {"percent": 10.0, "burst": 3.0}}),
+    ("10 % of the packets lost, in bursts", [], {"hop1": {"codec": "g711_alaw"},  # whose packets are lost
+                                                 "packet_loss": {"percent": 10.0, "burst": 3.0}}),
     ("Voices around, 6 dB below", [], {"noise": {"kind": "babble", "snr_db": 6.0}}),
     ("Hands-free in a small room", [], {"room": {"rt60_s": 0.5, "direct_db": 3.0}}),
     ("Overdriven", [], {"limiter": {"kind": "hard_clip"}, "active_dbov": -9.0}),

@@ -16,6 +16,7 @@ import audio
 import listen
 from mini import ROOT, helper
 from sounds import speech
+from telephone.channel import apply, draw, load_config
 
 
 def run(folder, *more):
@@ -60,6 +61,14 @@ def test_what_was_drawn_is_said_in_words(page):
     assert "packet_loss percent 10.0, burst 3.0" in lines["10 % of the packets lost, in bursts"]
     assert all("measured sent_dbov -" in line and "{" not in line and "draw" not in line for line in lines.values())
     assert text.count("<p>recording</p>") == text.count("<p>call</p>") == len(listen.KINDS)
+
+
+def test_packets_are_lost_where_the_users_channel_has_no_first_hop():
+    config = load_config(ROOT / "conf/telephone_channel.yaml", "no_codec", "no_noise")
+    (changes,) = (changes for title, _, changes in listen.KINDS if "packets lost" in title)
+    plan = draw(config, 0, "x") | changes
+    apply(plan, speech(4), 16000, 16000)
+    assert plan["measured"]["packets_lost"] > 0
 
 
 def test_the_page_needs_no_network_and_runs_nothing_from_a_corpus(page):
