@@ -109,7 +109,7 @@ def leave_wideband(source: str, cut: dict[str, Any], samples: np.ndarray, fs: in
     if fs < output_fs:
         raise audio.AudioError("sampling_rate", f"{fs} Hz is no wideband recording: {source}")
     heard = resample(samples, fs, output_fs)
-    band = filters.send(heard - heard.mean(), output_fs, "band", 300.0, 3400.0)
+    band = filters.send(noise.without_offset(heard), output_fs, "band", 300.0, 3400.0)
     if noise.active_level(band, output_fs) <= noise.SILENT_DBOV:
         raise audio.AudioError("silent", SILENT)
     if fs == output_fs and audio.length(source, **cut).plain:
@@ -179,7 +179,7 @@ def _is_voice(voice: noise.Recording) -> bool:
         samples, fs = audio.read(*voice[1:])
     except audio.AudioError:
         return False
-    return samples.size >= fs / 2 and noise.active_level(samples - samples.mean(), fs) > noise.SILENT_DBOV
+    return samples.size >= fs / 2 and noise.active_level(noise.without_offset(samples), fs) > noise.SILENT_DBOV
 
 
 def of_split(noises: list[noise.Recording], split: str | None) -> list[noise.Recording]:

@@ -180,8 +180,7 @@ def apply(
     # Only a wideband first hop needs more than the telephone band; every step before it is linear.
     working_fs = CODECS[plan["hop1"]["codec"]].fs if "hop1" in plan else TELEPHONE_FS
     plan["measured"] = {}
-    # An offset's step at either end would be heard as a click, and a silent recording's be taken for speech.
-    speech = _mouth_to_line(plan, samples - samples.mean(), fs, working_fs, key, pool, noises)
+    speech = _mouth_to_line(plan, sounds.without_offset(samples), fs, working_fs, key, pool, noises)
     speech += sounds.converter(_generator(plan, 6), speech.size)
     if "hop1" in plan:
         speech = _first_hop(plan, speech, round(samples.size * TELEPHONE_FS / fs))

@@ -26,6 +26,7 @@ from telephone.resample import resample
 
 DBM0 = 6.15  # dBm0 of a signal at 0 dBov, A-law
 SILENT_DBOV = -70.0  # speech this faint is lost in 16-bit rounding and the idle noise of an A-law line, -72 dBov
+OFFSET = 0.01  # of full scale; the mean of a sentence is less by chance
 
 THRESHOLDS = np.arange(-98.0, 0.0, 2.0)  # dBov, that the envelope of speech is held against
 
@@ -56,6 +57,14 @@ def active_level(samples: np.ndarray, fs: int) -> float:
     margins = levels - THRESHOLDS[:count] - 15.9
     above = int((margins <= 0).argmax()) or count - 1  # the first threshold too near, else the highest
     return float(np.interp(0.0, margins[[above, above - 1]], levels[[above, above - 1]]))
+
+
+def without_offset(samples: np.ndarray) -> np.ndarray:
+    """Without a recorder's offset: its step at either end would be a click, and silence be taken for speech."""
+    offset = samples.mean()
+    # Of a voice whose swings are larger to one side, the median says another offset than the mean.
+    recorders = abs(offset) > OFFSET and abs(np.median(samples) - offset) < OFFSET
+    return samples - offset if recorders else samples
 
 
 def at_level(samples: np.ndarray, dbov: float) -> np.ndarray:
@@ -127,8 +136,8 @@ def babble(
 @functools.lru_cache(maxsize=256)
 def _voice(voice: Recording, fs: int) -> np.ndarray:
     samples, rate = audio.read(*voice[1:])
-    samples = samples[: 10 * rate]  # that is all that is kept in memory
-    return at_level(resample(samples - samples.mean(), rate, fs), 0.0)  # an offset would be a step at either end
+    samples = without_offset(samples[: 10 * rate])  # that is all that is kept in memory
+    return at_level(resample(samples, rate, fs), 0.0)
 
 
 def excerpt(
@@ -140,7 +149,7 @@ def excerpt(
     seconds = length.samples / length.rate
     start = float(rng.uniform(0.0, max(0.0, seconds - count / fs)))
     samples, rate = audio.read(chosen.source, None, start, min(start + count / fs + 0.01, seconds))
-    return np.resize(resample(samples - samples.mean(), rate, fs), count), [chosen.key]
+    return np.resize(resample(without_offset(samples), rate, fs), count), [chosen.key]
 
 
 def read_scp(path: str | os.PathLike) -> list[Recording]:
