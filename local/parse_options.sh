@@ -121,7 +121,7 @@ check_options() {  # all that can be checked before anything is done
   fi
 }
 
-one_of() { [[ " ${*:2} " == *" ${!1} "* ]] || fail "--${1,,} '${!1}': expected ${*:2}"; }
+one_of() { [[ ${!1} != *" "* && " ${*:2} " == *" ${!1} "* ]] || fail "--${1,,} '${!1}': expected ${*:2}"; }
 
 needs_path() {  # each option, where it is set, names a file with something in it or a folder
   local name

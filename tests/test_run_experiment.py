@@ -154,6 +154,7 @@ def test_usage_lists_every_option_with_its_comment(repository, arguments):
         (["0", "--num_workers", "0"], "--num_workers 0: at least 1"),
         (["1", "--force", "yes"], "--force 'yes': expected true false"),
         (["1", "--text_style", "sung"], "--text_style 'sung': expected written spoken"),
+        (["1", "--text_style", "written spoken"], "--text_style 'written spoken': expected written spoken"),
         (["1", "--frontend_fs", "44100"], "--frontend_fs '44100': expected 16000 8000"),
         (["1", "--online_channel", "yes"], "--online_channel 'yes': expected 0 1"),
         (["0", "--online_channel", "1", "--frontend_fs", "8000"], "--online_channel 1 needs --frontend_fs 16000"),
