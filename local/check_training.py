@@ -44,7 +44,7 @@ def check_before(args: argparse.Namespace) -> None:
     config = effective(read_stage([args.stage_conf, *args.overlay]), args.model_dir, args.frontend_fs)
     check_settings(config, args.stage_conf)
     check_ctc(config, args.stage_conf)
-    check_deepspeed(config["train_conf"], args.stage_conf)
+    check_processes(config["train_conf"], args.stage_conf)
     model = build_on_meta(config)
     check_trained(model, config["llm_conf"], args.stage_conf)
     check_checkpoint(model, args.init_checkpoint, config)
@@ -82,8 +82,11 @@ def check_trained(model: torch.nn.Module, llm: dict[str, Any], path: Path) -> No
         raise UserError(f"{path}: nothing would be trained; set freeze of a part to false, or use_lora to true", code=2)
 
 
-def check_deepspeed(train: dict[str, Any], path: Path) -> None:
-    """What use_deepspeed needs is there."""
+def check_processes(train: dict[str, Any], path: Path) -> None:
+    """Each process of this machine has a GPU, where it has any, and what use_deepspeed needs is there."""
+    asked, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    if 0 < there < asked:
+        raise UserError(f"NGPU is {asked}, and torch sees {there} here; leave NGPU out to train on all of them", code=2)
     if not train.get("use_deepspeed"):
         return
     if not find_spec("deepspeed"):

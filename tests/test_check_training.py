@@ -260,6 +260,12 @@ def test_a_container_with_too_little_shared_memory_is_refused_before_the_loader_
     check_shared_memory(plenty | {"num_workers": 0}, 12000, 10**9)
 
 
+def test_more_processes_than_gpus_are_refused(refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert "NGPU is 4, and torch sees 2 here" in refused()[0]
+
+
 def test_deepspeed_is_asked_for_before_the_data_are_read(refused, monkeypatch):
     overlay = {"train_conf": {"use_deepspeed": True, "deepspeed_config": "/nowhere.json"}}
     monkeypatch.setattr("check_training.find_spec", lambda name: None)
