@@ -52,6 +52,14 @@ def parse_row(row: dict[str, Any]) -> dict[str, str]:
     return said | {"prompt": match[1], "audio": match[2]}
 
 
+def audio_stamp(row: dict[str, Any]) -> list[int]:
+    """Size and time of a row's audio. UserError where it is gone: before transcripts go that cannot be made anew."""
+    stamp = file_stamp(path := parse_row(row)["audio"])
+    if stamp[0] < 0:
+        raise UserError(f"{row['key']}: {path} does not exist; run stage 0 with --force true")
+    return stamp
+
+
 def utterance(row: dict[str, Any], frontend_fs: int) -> Utterance:
     """The audio and the prompt of a formatted row."""
     said = parse_row(row)
@@ -152,7 +160,7 @@ def main() -> None:
     sets = {name: read_test_set(path) for name, path in test_sets.items()}
     # Of the audio sizes and times: another channel or cut of a call leaves its row as it is.
     hashes = {name: {"data_hash": file_hash(test_sets[name]),
-                     "audio_hash": short_hash([file_stamp(parse_row(row)["audio"]) for row in rows])}
+                     "audio_hash": short_hash([audio_stamp(row) for row in rows])}
               for name, rows in sets.items()}  # fmt: skip
     made_with = {
         **{name: version(name) for name in ("funasr", "torch", "transformers")},

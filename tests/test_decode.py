@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,6 +216,12 @@ def test_unchanged_transcripts_are_kept_and_changed_weights_decoded_again(model_
     assert [name for name in before if before[name] != after[name]] == ["own.real_test.jsonl"]
     os.utime(parse_row(test_set[1][0])["audio"])  # as when stage 0 took another channel of the call
     assert "up to date" not in helper_here(decode.main, *arguments).stderr
+    heard = Path(parse_row(test_set[1][0])["audio"])
+    heard.rename(heard.with_suffix(".gone"))
+    gone = helper_here(decode.main, *arguments)
+    heard.with_suffix(".gone").rename(heard)
+    assert gone.returncode == 1 and f"{heard} does not exist; run stage 0" in gone.stderr
+    assert (tmp_path / "own.real_test.jsonl").is_file(), "what cannot be made anew is kept"
 
 
 def test_the_mark_of_silence_is_no_text_in_a_reference(test_set):
