@@ -69,6 +69,21 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def read_yaml(path: str | os.PathLike) -> dict[Any, Any]:
+    """Keys and values of a YAML file. UserError, code 2, where it is missing, no YAML, or has a key twice."""
+    import yaml
+    from omegaconf import OmegaConf  # whose loader refuses a key that is there twice; PyYAML's keeps the last
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {error}", code=2) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a {type(content).__name__}, not keys and values", code=2)
+    return content
+
+
 def between(low: float, high: float) -> Callable[[str], float]:
     """A type of argparse: a number from `low` to `high`."""
 

@@ -20,10 +20,9 @@ from array import array
 from typing import Any
 
 import numpy as np
-import yaml
 
 import audio
-from common import UserError, parallel, progress
+from common import UserError, parallel, progress, read_yaml
 from corpus import Entry, Seen, count_rows, filtered_rows, on_row, open_ledger, read_rows, segment, unique
 
 CJK = "々〇\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u3040-\u30ff\U00020000-\U0003134f"
@@ -72,11 +71,8 @@ class TextRules:
     def load(cls, path: str | os.PathLike) -> "TextRules":
         """Read a YAML file and run its examples; UserError, code 2, where it is not as it should be."""
         try:
-            with open(path, encoding="utf-8") as file:
-                return cls(yaml.safe_load(file))
-        except OSError as error:
-            raise UserError(f"--conf {path}: {error.strerror}; give one as conf/data_filter.yaml", code=2) from error
-        except (yaml.YAMLError, re.error, ValueError, KeyError, TypeError, AttributeError) as error:
+            return cls(read_yaml(path))
+        except (re.error, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is not in the form of conf/data_filter.yaml: {error}", code=2) from error
 
     def normalise(self, text: str) -> str:

@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 import metrics
-from common import UserError, read_jsonl, run, write_json
+from common import UserError, read_jsonl, read_yaml, run, write_json
 from corpus import group_rows
 
 
@@ -195,14 +194,11 @@ def print_table(summary: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     args = get_args()
-    try:
-        conf = yaml.safe_load(Path(args.conf).read_text("utf-8"))
-        chinese_numerals, resamples = bool(conf["chinese_numerals"]), int(conf["bootstrap_resamples"])
-        if resamples < 1:
-            raise ValueError(f"bootstrap_resamples {resamples}")
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        wanted = "chinese_numerals, and bootstrap_resamples of at least 1"
-        raise UserError(f"--conf {args.conf}: {error!r}; want {wanted}", code=2) from error
+    conf = read_yaml(args.conf)
+    chinese_numerals, resamples = conf.get("chinese_numerals"), conf.get("bootstrap_resamples")
+    if not isinstance(chinese_numerals, bool) or type(resamples) is not int or resamples < 1:
+        raise UserError(f"{args.conf}: chinese_numerals {chinese_numerals!r}, bootstrap_resamples {resamples!r}; want "
+                        "true or false, and a whole number from 1", code=2)  # fmt: skip
     keywords = metrics.read_keywords(args.keywords, chinese_numerals) if args.keywords else {}
     scored = [Scored(rows, keywords, chinese_numerals) for rows in read_transcripts(args.transcripts, args.models)]
     if not scored:

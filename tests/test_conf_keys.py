@@ -7,9 +7,11 @@ import pytest
 import yaml
 
 import metrics
+from common import UserError
 from corpus_filter import LIMITS, TextRules, over_limit
 from mini import ROOT
-from nano.config import flat_items
+from nano.config import flat_items, read_stage
+from nano.inference import SCORING, read_conf
 from telephone.channel import PROBABILITY, SCHEMA, draw, load_config
 
 CHANNEL = ROOT / "conf" / "telephone_channel.yaml"
@@ -101,7 +103,27 @@ def test_resamples_change_the_interval():
 
 
 def test_decode_yaml_holds_the_keys_that_are_read_and_no_other():
-    from nano.inference import read_conf
-
-    read = set(read_conf(ROOT / "conf" / "decode.yaml")) | {"chinese_numerals", "bootstrap_resamples"}
+    read = {*read_conf(ROOT / "conf" / "decode.yaml"), *SCORING}
     assert flat_items(DECODE).keys() == read
+
+
+def test_a_key_of_decode_yaml_that_nothing_reads_is_refused(tmp_path):
+    conf = tmp_path / "decode.yaml"
+    conf.write_text((ROOT / "conf/decode.yaml").read_text("utf-8") + "beam_size: 5\n", "utf-8")
+    with pytest.raises(UserError, match="beam_size: missing, or nothing reads it"):
+        read_conf(conf)
+
+
+# --- all of them
+
+
+@pytest.mark.parametrize(("name", "read"), [
+    ("stage1_encoder_adapt", lambda path: read_stage([path])), ("decode", read_conf),
+    ("data_filter", TextRules.load), ("telephone_channel", load_config),
+])  # fmt: skip
+def test_a_key_that_is_there_twice_is_refused(tmp_path, name, read):
+    text = (ROOT / f"conf/{name}.yaml").read_text("utf-8")
+    again = next(line for line in text.splitlines() if ":" in line and line[0].islower())
+    (tmp_path / "twice.yaml").write_text(f"{text}\n{again}\n", "utf-8")
+    with pytest.raises(UserError, match="(?s)twice.yaml: cannot be read as YAML: .*duplicate key"):
+        read(tmp_path / "twice.yaml")

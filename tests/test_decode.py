@@ -293,7 +293,7 @@ def test_summary_holds_the_rows_of_the_contract(tmp_path):
     assert {row["kwer"] for row in json.loads((tmp_path / "none.json").read_text("utf-8"))} == {None}
     done = helper("score.py", "--transcripts", tmp_path / "t", "--output", tmp_path / "none.json",
                   "--conf", write_conf(tmp_path / "conf.yaml", bootstrap_resamples=0))  # fmt: skip
-    assert done.returncode == 2 and "at least 1" in done.stderr and done.stderr.count("\n") == 1
+    assert done.returncode == 2 and "a whole number from 1" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_an_interval_is_of_people_not_of_their_calls():

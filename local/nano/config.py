@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import yaml
 
-from common import UserError, first_line
+from common import UserError, first_line, read_yaml
 
 SECTIONS = {
     "": "compiled_layers ctc_weight detach_ctc_decoder fused_attention specaug optim scheduler",
@@ -67,16 +67,9 @@ def flat_items(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def read_stage(paths: list[Path]) -> dict[str, Any]:
     """The YAMLs laid over one another. UserError, code 2, for one that is missing, no YAML, or says what cannot be."""
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    layers = []
-    for path in paths:
-        try:
-            layer = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-        except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
-            raise UserError(f"{path}: cannot be read as YAML: {error}", code=2) from error
-        if not isinstance(layer, dict):
-            raise UserError(f"{path}: a {type(layer).__name__}, not keys and values", code=2)
+    layers = [read_yaml(path) for path in paths]
+    for path, layer in zip(paths, layers, strict=True):
         for key, value in flat_items(layer).items():
             if key not in ACCEPTED:
                 near = difflib.get_close_matches(key, sorted(ACCEPTED), 1, 0)
@@ -89,7 +82,6 @@ def read_stage(paths: list[Path]) -> dict[str, Any]:
             if not least <= value <= most or whole and type(value) is not int:
                 want = f"a {'whole ' * whole}number from {least} to {most}"
                 raise UserError(f"{path}: {key} is {value!r}; want {want}", code=2)
-        layers.append(layer)
     return OmegaConf.to_container(OmegaConf.merge(*layers))
 
 

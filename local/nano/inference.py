@@ -12,15 +12,13 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 from torch.nn.utils.rnn import pad_sequence
 
-from common import NO_SPEECH, UserError
+from common import NO_SPEECH, UserError, read_yaml
 from nano import weights
 
 # What `auto` means on a CPU and on a GPU, which reads its weights once for all rows of a step (not measured). A CPU
@@ -28,6 +26,8 @@ from nano import weights
 AUTO = {"dtype": ("fp32", "bf16"), "batch_size": (32, 256), "batch_seconds": (600, 9600)}
 NUMBERS = {"batch_size": (int, 1), "batch_seconds": ((int, float), 0), "max_new_tokens": (int, 1),
            "max_tokens_per_second": ((int, float), 0)}  # what each is, and the least of it
+
+SCORING = ("chinese_numerals", "bootstrap_resamples")  # in the same file; score.py reads them
 
 
 class Utterance(NamedTuple):
@@ -167,12 +167,11 @@ def batches(rows: Sequence[dict[str, Any]], size: int, seconds: float) -> Iterat
 
 def read_conf(path: str) -> dict[str, Any]:
     """The settings that decide what a transcript says; `auto` is what it means on this machine."""
-    names = ("device", "dtype", *NUMBERS)
-    try:
-        conf = yaml.safe_load(Path(path).read_text("utf-8"))
-        conf = {name: conf[name] for name in names}
-    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: {error}; want a YAML file with {', '.join(names)}", code=2) from error
+    names, given = ("device", "dtype", *NUMBERS), read_yaml(path)
+    if wrong := {*names, *SCORING} ^ given.keys():
+        raise UserError(f"{path}: {', '.join(sorted(map(str, wrong)))}: missing, or nothing reads it; it holds "
+                        f"{', '.join((*names, *SCORING))}", code=2)  # fmt: skip
+    conf = {name: given[name] for name in names}
     if conf["device"] == "auto":
         conf["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     on_gpu = str(conf["device"]).startswith("cuda")

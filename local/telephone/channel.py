@@ -19,10 +19,8 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
-import yaml
-from omegaconf import OmegaConf
 
-from common import UserError
+from common import UserError, read_yaml
 from telephone import filters, packet_loss
 from telephone import noise as sounds
 from telephone.codecs import CODECS, fitted, from_pcm, g711, to_pcm
@@ -81,11 +79,7 @@ def load_config(
     snr_db_min: float | None = None, snr_db_max: float | None = None, own_noise: bool = False, no_babble: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Read and check the distributions, narrowed by what the arguments say; a mistake is a UserError, code 2."""
-    try:
-        # OmegaConf's loader refuses a key that is there twice, of which PyYAML would keep the last.
-        config = _flat(OmegaConf.to_container(OmegaConf.load(path)), path)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not a readable YAML file: {error}", code=2) from error
+    config = _flat(read_yaml(path), path)
     known = {name.removeprefix("presets."): config.pop(name) for name in [*config] if name.startswith("presets.")}
     _check(config, path)
     for name in presets:
