@@ -295,12 +295,13 @@ def test_active_level_of_a_full_scale_sine():
     assert noise.active_level(np.zeros(8000, np.float32), 8000) == -np.inf
 
 
-def test_idle_noise_of_an_alaw_line():
+@pytest.mark.parametrize("law, dbm0", [("alaw", -66), ("ulaw", -68)])
+def test_idle_noise_of_a_line(law, dbm0):
     for line in ({}, {"noise": "white", "noise_dbm0": -74}, {"noise": "pink", "noise_dbm0": -69}):
-        plan = draw(CLEAN, 0, "x") | {"line": line}
+        plan = draw(CLEAN, 0, "x") | {"line": line, "g711": law}
         heard = call(plan, np.zeros(16000 * 3, np.float32), 16000, 8000)
         assert np.all(heard.reshape(-1, 80).std(axis=1) > 0)
-        assert noise.rms_level(heard) + noise.DBM0 == pytest.approx(-66, abs=3)
+        assert noise.rms_level(heard) + noise.DBM0 == pytest.approx(dbm0, abs=3)
 
 
 @pytest.mark.parametrize("shape", filters.SHAPES)
@@ -313,9 +314,11 @@ def test_a_recording_with_an_offset_leaves_no_digital_silence_in_pauses(shape, o
         assert np.all(pause.reshape(-1, 200).std(axis=1) > 0), plan
 
 
-@pytest.mark.parametrize("codec", ["g711_alaw", "gsm_fr", "g722"])
-def test_a_long_gap_on_a_line_without_noise_is_no_digital_silence(codec):
-    plan = draw(CLEAN, 0, "x") | {"hop1": {"codec": codec}, "packet_loss": {"percent": 50.0, "burst": 10.0}}
+@pytest.mark.parametrize("law", ["alaw", "ulaw"])
+@pytest.mark.parametrize("codec", ["g711_alaw", "g711_ulaw", "gsm_fr", "g722"])
+def test_a_long_gap_on_a_line_without_noise_is_no_digital_silence(codec, law):
+    loss = {"percent": 50.0, "burst": 10.0}
+    plan = draw(CLEAN, 0, "x") | {"hop1": {"codec": codec}, "packet_loss": loss, "g711": law}
     assert plan["line"] == {}
     heard = call(plan, speech(4), 16000, 8000)
     assert plan["measured"]["packets_lost"] > 50

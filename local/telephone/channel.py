@@ -175,7 +175,7 @@ def apply(
     working_fs = CODECS[plan["hop1"]["codec"]].fs if "hop1" in plan else TELEPHONE_FS
     plan["measured"] = {}
     speech = _mouth_to_line(plan, sounds.without_offset(samples), fs, working_fs, key, pool, noises)
-    speech += sounds.converter(_generator(plan, 6), speech.size)
+    speech += sounds.converter(_generator(plan, 6), speech.size, plan["g711"])
     if "hop1" in plan:
         speech = _first_hop(plan, speech, round(samples.size * TELEPHONE_FS / fs))
     if "hop2" in plan:
@@ -276,7 +276,7 @@ def _line(plan: dict, speech: np.ndarray) -> np.ndarray:
         hiss = sounds.coloured(_generator(plan, 5), line["noise"], speech.size, TELEPHONE_FS)
         speech += sounds.at_level(hiss, line["noise_dbm0"] - sounds.DBM0)
     elif "hop1" in plan or "hop2" in plan:  # a codec or a long gap may have left digital silence
-        speech += sounds.converter(_generator(plan, 7), speech.size)
+        speech += sounds.converter(_generator(plan, 7), speech.size, plan["g711"])
     return speech
 
 

@@ -84,13 +84,15 @@ def coloured(rng: np.random.Generator, kind: str, count: int, fs: int) -> np.nda
     return white if kind == "white" else fir(white, *_pink(fs))
 
 
-def converter(rng: np.random.Generator, count: int) -> np.ndarray:
+def converter(rng: np.random.Generator, count: int, law: str) -> np.ndarray:
     """The last bits of a telephone's analogue-to-digital converter: -3, -1, 1 or 3 steps of 16 bits, -77 dBm0.
 
-    Without them A-law would turn digital silence into a constant; with them it idles at +-8, as lines do.
+    Without them A-law would turn digital silence into a constant; with them it idles at +-8, as lines do. Mu-law
+    ("ulaw") takes up to 3 steps for nothing and has twice as many.
     """
     codes = np.frombuffer(rng.bytes(-(-count // 4)), np.uint8)
-    return CONVERTER_STEPS.take(codes, axis=0).reshape(-1)[:count]
+    steps = CONVERTER_STEPS * np.float32(2 if law == "ulaw" else 1)
+    return steps.take(codes, axis=0).reshape(-1)[:count]
 
 
 @functools.lru_cache
