@@ -65,7 +65,7 @@ class TextRules:
                 for example in rule[f"{verb}s"]:
                     if bool(pattern.search(clean(str(example)))) != (verb == "drop"):
                         raise ValueError(f"the rule {rule['why']!r} does not {verb} {example!r}")
-            self.rules.append((rule["reason"], rule["why"], pattern))
+            self.rules.append((str(rule["reason"]), rule["why"], pattern))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "TextRules":

@@ -116,6 +116,15 @@ def test_a_setting_nobody_reads_is_refused(tmp_path, change):
     assert caught.value.code == 2
 
 
+@pytest.mark.parametrize("reason", [7, ["a"]])
+def test_a_reason_is_text_whatever_yaml_takes_it_for(tmp_path, corpus, reason):
+    config = yaml.safe_load(CONF.read_text())
+    config["rules"] = [{"reason": reason, "why": "x", "pattern": "第3", "drops": ["第3"], "keeps": []}]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(config))
+    _, reasons = filtered(tmp_path, [*corpus, corpus[0]], "--conf", tmp_path / "own.yaml")
+    assert reasons == {"u3": str(reason), "u0": "duplicate_key"}
+
+
 def test_many_tags_before_a_word_are_judged_at_once():
     began = time.process_time()
     assert RULES.reason("[嗯] " * 26 + "好") is None and RULES.reason("[嗯] " * 26)
