@@ -129,11 +129,14 @@ def check_model(folder: Path) -> dict[str, Any]:
 
 
 def check_tokenizer(folder: str) -> None:
-    """Load the LLM's tokenizer from its folder alone."""
+    """Load the LLM's tokenizer from its folder alone, with the file that stage 0 counts by."""
     from transformers import AutoTokenizer
 
     try:
-        AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Where files are missing transformers makes a Qwen2Tokenizer that knows no text.
+        if not AutoTokenizer.from_pretrained(folder, local_files_only=True).encode("1"):
+            raise ValueError("it knows no text; files of it are missing")
+        os.stat(os.path.join(folder, "tokenizer.json"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:  # by file missing or damaged
         raise UserError(f"{folder}: the tokenizer does not load ({first_line(error)[:160]}); "
                         "download the model again") from error

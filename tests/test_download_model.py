@@ -206,6 +206,19 @@ def no_ctc_vocabulary_named(folder):
     (folder / "configuration.json").write_text(json.dumps(configuration))
 
 
+def no_tokenizer(folder):
+    for path in (folder / "Qwen3-0.6B").glob("tokenizer*"):
+        path.unlink()
+
+
+def vocabulary_alone(folder):
+    llm = folder / "Qwen3-0.6B"
+    (llm / "tokenizer.json").unlink()
+    (llm / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
+    (llm / "vocab.json").write_text('{"1": 0}')
+    (llm / "merges.txt").write_text("#version: 0.2\n")
+
+
 def other_model(folder):
     config = yaml.safe_load((folder / "config.yaml").read_text())
     (folder / "config.yaml").write_text(yaml.safe_dump({**config, "model": "Paraformer9"}))
@@ -221,6 +234,8 @@ def other_model(folder):
         (lambda folder: shutil.rmtree(folder / "Qwen3-0.6B"), "LLM folder"),
         (lambda folder: (folder / "Qwen3-0.6B/tokenizer.json").unlink(), "tokenizer does not load"),
         (lambda folder: (folder / "Qwen3-0.6B/tokenizer.json").write_text("{"), "tokenizer does not load"),
+        (no_tokenizer, "tokenizer does not load .*knows no text"),
+        (vocabulary_alone, "tokenizer does not load .*No such file.*tokenizer.json"),
         (lambda folder: (folder / "multilingual.tiktoken").unlink(), "CTC vocabulary"),
         (lambda folder: (folder / "configuration.json").unlink(), "no configuration.json"),
         (lambda folder: (folder / "configuration.json").write_text("{"), "cannot be read"),
