@@ -100,6 +100,8 @@ def test_headline_agrees_with_the_summary_and_the_file_needs_no_network(experime
               for part in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)]
     assert len(tables) > 5 and all(len(set(table)) == 1 for table in tables), "a | in a name begins no cell"
     assert "0.125 of the adapted model" in page and "0.125 of the adapted model" in text
+    assert "| 0.5 | 25.00 | 11.00 |" in text, "the curve that alpha was chosen by"
+    assert "<td>0.5</td><td>25.00</td><td>11.00</td>" in page and '<tr class="final"><td>0.125</td>' in page
     assert "bash run_experiment.sh &#39;4&#39;" in page and "audio_encoder 700" in page and "abc123" in page
     for model, _ in scores:
         assert f"| {model} |" in text
