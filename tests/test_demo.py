@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import miniature
 import speak_corpus
 import train_base
 from common import read_jsonl
+from nano.config import build_on_meta, effective
 from speak_corpus import SETS, VOICES, speak_set
 
 
@@ -105,3 +107,11 @@ def test_another_size_of_the_miniature_is_another_base_model(base, tmp_path, mon
         file.write("dataset: FunASR\n")
     base(tmp_path / "base_model")
     assert (tmp_path / "base_model/base_model.json").read_text() != before
+
+
+def test_the_readme_has_the_size_of_the_miniature(tmp_path):
+    alphabet = "".join(re.findall("[一-鿿]", (train_base.ROOT / "data/demo_sentences.yaml").read_text("utf-8")))
+    model = build_on_meta(effective({}, miniature.build_folder(tmp_path, alphabet), 16000))
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
+    for name in ("README.md", "README_zh.md"):
+        assert re.search(r"Fun-ASR-Nano ?[(（]([\d.]+ M)", (train_base.ROOT / name).read_text("utf-8"))[1] == size
