@@ -20,6 +20,7 @@ from corpus_filter import LIMITS
 from mini import ALPHABET, QUICK, ROOT, STAGES, make_model
 from nano.config import ACCEPTED
 from prepare_training_data import format_row, get_args
+from score import Scored
 from sounds import murmur
 from telephone.channel import apply, draw, load_config
 
@@ -145,6 +146,12 @@ def test_the_specification_has_every_field_of_a_simulated_rows_channel():
                   for inner in (value if isinstance(value, dict) else [""])}  # fmt: skip
     # Of babble, for which the corpus is too small here, and of calls on which nobody speaks.
     assert column(text, "field") == found | {"noise.sources", "probe"}
+
+
+def test_the_specification_has_every_field_of_the_summary():
+    text = (ROOT / "docs/TRAINING_DATA_SPEC.md").read_text("utf-8").partition("## Transcripts and scores")[2]
+    row = {"key": "k", "hyp": "", "ref": "好", "seconds": 1.0, "model": "base", "test_set": "real_test"}
+    assert column(text, "field") == Scored([row], {}, False).summary(None, 9).keys()
 
 
 def test_messages_that_the_diagnosis_quotes_are_said():
