@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,9 +128,7 @@ def star(demo: Path, folder: Path, model: str, test_set: str, final: str) -> str
     paths = (demo / f"eval/transcripts/{model}.{test_set}.jsonl",
              folder / f"eval/transcripts/{final if model == 'final' else model}.{test_set}.jsonl")  # fmt: skip
     ours, theirs = (Scored(list(read_jsonl(path)), {}, False) for path in paths)
-    lengths = ours.characters.lengths
-    per = lengths if lengths.any() else np.array([row["seconds"] for row in ours.rows])
-    p_value = metrics.paired_p_value(ours.clusters, theirs.characters.errors, ours.characters.errors, per)
+    p_value = theirs.summary(ours, 2000)["p_value"]
     return "*" if p_value is not None and p_value < 0.05 else ""
 
 
