@@ -16,6 +16,7 @@ import difflib
 import json
 import math
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -128,30 +129,27 @@ def check_settings(config: dict[str, Any], path: Path) -> None:
     from funasr.register import tables
     from funasr.schedulers import scheduler_classes
 
-    def chosen(key: str, name: Any, names: Any) -> Any:
+    def check(key: str, name: Any, names: Iterable[str]) -> None:
         if name not in list(names):
             raise UserError(f"{path}: {key} {name}: FunASR has {', '.join(sorted(names))}", code=2)
-        return names[name]
 
-    for section, key, default, names in (
-        ("train_conf", "avg_keep_nbest_models_type", "acc", ("acc", "loss")),
-        ("dataset_conf", "batch_type", "example", ("example", "length", "token")),
-    ):
-        chosen(key, config[section].get(key, default), dict.fromkeys(names))
-    optim_class = chosen("optim", config.get("optim", "adam"), optim_classes)
-    scheduler_class = chosen("scheduler", config.get("scheduler", "warmuplr"), scheduler_classes)
-    specaug_class = chosen("specaug", config.get("specaug") or "SpecAug", tables.specaug_classes)
-    conf = {key: config.get(key) or {} for key in ("optim_conf", "scheduler_conf", "specaug_conf")}
-    try:
-        key = "optim_conf"
-        optim = optim_class([torch.nn.Parameter(torch.zeros(1))], **conf[key])
-        key = "scheduler_conf"
-        scheduler_class(optim, **conf[key])
-        key = "specaug_conf"
-        if config.get("specaug"):
-            specaug_class(**conf[key])(torch.zeros(1, 100, 560))
-    except Exception as error:  # each library has its own
-        raise UserError(f"{path}: {key} {conf[key]}: {first_line(error)}", code=2) from error
+    def make(key: str, takes: Callable) -> Any:
+        conf = config.get(key) or {}
+        try:
+            return takes(**conf)
+        except Exception as error:  # each library has its own
+            raise UserError(f"{path}: {key} {conf}: {first_line(error)}", code=2) from error
+
+    optim, scheduler, specaug = config.get("optim", "adam"), config.get("scheduler", "warmuplr"), config.get("specaug")
+    check("avg_keep_nbest_models_type", config["train_conf"].get("avg_keep_nbest_models_type", "acc"), ("acc", "loss"))
+    check("batch_type", config["dataset_conf"].get("batch_type", "example"), ("example", "length", "token"))
+    check("optim", optim, optim_classes)
+    check("scheduler", scheduler, scheduler_classes)
+    optimizer = make("optim_conf", lambda **conf: optim_classes[optim]([torch.nn.Parameter(torch.zeros(1))], **conf))
+    make("scheduler_conf", lambda **conf: scheduler_classes[scheduler](optimizer, **conf))
+    if specaug:
+        check("specaug", specaug, tables.specaug_classes)
+        make("specaug_conf", lambda **conf: tables.specaug_classes[specaug](**conf)(torch.zeros(1, 100, 560)))
 
 
 def build_on_meta(config: dict[str, Any]) -> torch.nn.Module:
