@@ -100,8 +100,8 @@ class Trainer(stock.Trainer):
             for field in OURS:
                 setattr(self, field, saved[field])
             # One that was deleted to save disk would be missed by the average alone, at the end of the training.
-            ranked, there = self.saved_ckpts, {file.name for file in self.folder.glob("model.pt.ep*")}
-            self.saved_ckpts = {name: score for name, score in ranked.items() if name in there}
+            self.saved_ckpts = {name: score for name, score in self.saved_ckpts.items()
+                                if (self.folder / name).exists()}  # fmt: skip
             if not self.start_step:  # within an epoch its steps are counted; here this machine's GPU may be another
                 self.batch_tokens = None
             # Those of all processes, counted once.
