@@ -110,6 +110,11 @@ def rate(errors: np.ndarray, lengths: np.ndarray) -> float | None:
     return float(np.sum(errors)) / total if total else None
 
 
+def within(rate: float, base: float, allowed: float) -> bool:
+    """Whether a rate is above the base's by at most `allowed`; in binary 0.05 - 0.04 is a little over 0.01."""
+    return rate <= base + allowed + 1e-12
+
+
 def read_keywords(path: str | os.PathLike, chinese_numerals: bool = False) -> dict[str, re.Pattern]:
     """Read a keyword list: one a line, other spellings after `|`, `#` starts a comment; lines of one keyword are one.
 

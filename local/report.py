@@ -61,7 +61,7 @@ def percent(rate: float | None) -> str:
 def compare(title: str, pair: tuple, name: str, allowed: float, note: str) -> dict[str, Any]:
     """One figure of base and final for the headline; `state` judges its rise."""
     base, final = pair[0][name], pair[1][name]
-    state = "good" if final <= base else "fair" if final <= base + allowed + 1e-12 else "bad"  # as choose_alpha
+    state = "good" if final <= base else "fair" if metrics.within(final, base, allowed) else "bad"
     unit, show = ("chars/min", "{:.1f}".format) if name == "chars_per_minute" else ("%", percent)
     return {"title": title, "state": state, "note": note, "base": show(base), "final": show(final), "unit": unit}
 

@@ -23,6 +23,8 @@ import metrics
 from common import UserError, read_jsonl, read_yaml, run, write_json
 from corpus import group_rows
 
+FIELDS = {"key", "hyp", "ref", "seconds", "model", "test_set"}  # what a transcript cannot do without
+
 
 def get_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,9 +39,6 @@ def get_args() -> argparse.Namespace:
         help="How much wideband CER of the choice may be above the base's, as a fraction. Default: %(default)s.",
     )
     return parser.parse_args()
-
-
-FIELDS = {"key", "hyp", "ref", "seconds", "model", "test_set"}  # what a transcript cannot do without
 
 
 class Scored:
@@ -167,7 +166,7 @@ def choose_alpha(rows: list[dict[str, Any]], max_wideband_loss: float) -> dict[s
     if base is None or not curve or any(None in point.values() for point in curve):
         raise UserError("--choose needs wideband_dev, and simulated_dev or real_dev, of base and of models alpha_*")
     limit = f"{100 * max_wideband_loss:g} points of wideband CER"
-    if allowed := [point for point in curve if point["wideband_cer"] <= base + max_wideband_loss + 1e-12]:
+    if allowed := [point for point in curve if metrics.within(point["wideband_cer"], base, max_wideband_loss)]:
         chosen = min(allowed, key=lambda point: point["telephone_cer"])
         reason = f"lowest telephone CER on dev among those that lose at most {limit}"
     else:
