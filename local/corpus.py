@@ -25,6 +25,7 @@ import numpy as np
 import audio
 from common import UserError, atomic_write, first_line, read_jsonl
 
+SPLITS = ("train", "dev", "test")
 OPTIONAL = ("raw_target", "speaker", "call", "language", "corpus", "band", "offered", "wideband_source")
 FIELDS = ("key", "source", "target", *OPTIONAL, "channel", "start", "end")
 SIDES = {"A": 0, "1": 0, "B": 1, "2": 1}  # of reco2file_and_channel

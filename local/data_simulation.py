@@ -31,13 +31,12 @@ import numpy as np
 
 import audio
 from common import UserError, batches, between, file_hash, file_stamp, parallel, progress, run, write_json, write_jsonl
-from corpus import Entry, check_row, count_rows, hash_share, on_row, open_ledger, read_rows, segment, unique
+from corpus import SPLITS, Entry, check_row, count_rows, hash_share, on_row, open_ledger, read_rows, segment, unique
 from telephone import filters, noise
 from telephone.channel import apply, draw, load_config
 from telephone.resample import resample
 
 POOL = 200  # utterances that babble is made of
-SPLITS = ("train", "dev", "test")
 SILENT = "no speech in the telephone band above the idle noise of a line"
 Job = dict[str, Any]
 

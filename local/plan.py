@@ -21,7 +21,7 @@ from pathlib import Path
 
 import audio
 from common import ROOT, UserError, atomic_write, read_jsonl, read_options, run
-from corpus import count_rows, hash_share, read_rows, segment
+from corpus import SPLITS, count_rows, hash_share, read_rows, segment
 
 SAMPLE = 200  # recordings of a set whose length is read before stage 0
 SIMULATED, REAL, WIDEBAND, SILENCE = "simulated_8k_telephone", "real_8k_telephone", "wideband_16k", "no_speech"
@@ -57,7 +57,7 @@ def read_sets(options: dict[str, str]) -> tuple[dict[tuple[str, str], Lengths], 
     """Lengths of every set of every corpus, bytes of audio that stage 0 has written or, at most, will write, and the
     sets it has written."""
     sets, size, known, data = {}, 0.0, [], Path(options["EXP_OUTPUT"], "data")
-    for corpus, split in ((corpus, split) for corpus in OPTION for split in ("train", "dev", "test")):
+    for corpus, split in ((corpus, split) for corpus in OPTION for split in SPLITS):
         path, name = data / corpus / f"{split}_formatted.jsonl", OPTION[corpus]
         if path.is_file():
             sets[corpus, split] = [(row["speech_length"], row["text_length"]) for row in read_jsonl(path)]
@@ -190,7 +190,7 @@ def main() -> None:
     os.chdir(ROOT)  # as run_experiment.sh does
     options = read_options(given)
     lists = [Path(options["EXP_OUTPUT"], "data", corpus, f"{split}_formatted.jsonl")
-             for corpus in OPTION for split in ("train", "dev", "test")]  # fmt: skip
+             for corpus in OPTION for split in SPLITS]  # fmt: skip
     if not all(path.is_file() for path in lists):
         read_options(given, stage=0)  # which is still to come and needs the corpora
     # What the environment sets is there now; who copies the commands elsewhere needs it said. A later word wins.

@@ -153,7 +153,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add = command(filter_corpus, "Drop rows that break a rule of --conf, with the reason.", shared)
     add("--conf", default="conf/data_filter.yaml", help="Rules on text and audio.")
-    add("--split", default="train", choices=("train", "dev", "test"), help="Only train is cut by the train_only rules.")
+    add("--split", default="train", choices=corpus.SPLITS, help="Only train is cut by the train_only rules.")
     add("--max_reject_ratio", type=between(0, 1), default=0.5, help="Exit 1 when a larger share is rejected.")
     add("--filter_annotation_error", type=str.lower, choices=("true", "false"), default="true",
         help="Whether the rules on text drop rows.")

@@ -18,7 +18,7 @@ import numpy as np
 
 import audio
 from common import UserError, atomic_write, progress, read_jsonl
-from corpus import Seen, count_rows, hash_share, read_rows
+from corpus import SPLITS, Seen, count_rows, hash_share, read_rows
 
 SAMPLE = 200  # files that are decoded again; all of them with --check_audio
 SHOWN = 10
@@ -43,7 +43,7 @@ def check_files(paths: list[str], fs: int, check_all: bool) -> Iterator[str]:
     seen: defaultdict[str, Seen] = defaultdict(Seen)  # names and paths, by role
     for path in dict.fromkeys(paths):  # one given twice is no leak
         name, total, valid = Path(path).stem, count_rows(path), 0
-        role = next((split for split in ("train", "dev", "test") if split in re.split("[_-]", name)), name)
+        role = next((split for split in SPLITS if split in re.split("[_-]", name)), name)
         for number, row in enumerate(progress(read_jsonl(path), total, f"validate {name}"), 1):
             if problem := structure_problem(row):
                 yield f"{path}:{number}: {problem}"
