@@ -181,7 +181,7 @@ preflight() {  # what stages 1-3 check before they train, on the model and data 
       echo "$name: would not start${before:+ from $start}, the line above says why"
     fi
     # What a stage that was stopped or has failed left behind feeds no other.
-    if [[ -s $folder/averaged.pt ]] && ! grep -qs '"state": "[sf]' "$EXP_OUTPUT/status/${name:0:6}.json"; then
+    if [[ -s $folder/averaged.pt ]] && ! grep -qsE '"state": "(started|failed)"' "$EXP_OUTPUT/status/${name:0:6}.json"; then
       start=$folder/averaged.pt before=""
     else
       before=$name
