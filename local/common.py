@@ -51,7 +51,8 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        message, code = str(error), error.code
+        # PyTorch raises what a loader worker did with the worker's traceback before it, as text.
+        message, code = str(error).rpartition("common.UserError: ")[2], error.code
     except OSError as error:
         if error.errno not in USERS_TO_MEND:
             raise

@@ -85,7 +85,7 @@ def test_rows_for_the_channel_are_never_used_without_it(parts, monkeypatch):
     monkeypatch.setattr(nano.dataset.FunASR, "channel", staticmethod(channel.simulate))
     with pytest.raises(ValueError, match="dev rows"):
         dataset(parts, is_training=False)
-    with pytest.raises(RuntimeError, match="u0.*no epoch"):
+    with pytest.raises(UserError, match="u0.*no epoch"):
         dataset(parts)[0]
 
 
@@ -94,12 +94,12 @@ def test_a_channel_that_fails_stops_training_and_says_where(parts, monkeypatch):
     monkeypatch.setattr(nano.dataset.FunASR, "channel", staticmethod(channel.simulate))
     data = dataset(parts, [rows[0] | {"channel": {"online": str(folder / "nowhere.json")}}])
     data.epoch = 0
-    with pytest.raises(RuntimeError, match="u0.*nowhere.json"):
+    with pytest.raises(UserError, match="u0.*nowhere.json"):
         data[0]
     monkeypatch.setattr(nano.dataset.FunASR, "channel", staticmethod(lambda *_: np.zeros(3, np.float32)))
     data = dataset(parts)
     data.epoch = 0
-    with pytest.raises(RuntimeError, match="u0.*made"):
+    with pytest.raises(UserError, match="u0.*made"):
         data[0]
 
 
@@ -114,7 +114,7 @@ def test_a_stage_trains_online_in_workers_and_stops_where_the_settings_are_gone(
     train_here(args)
     assert (args.output_dir / "averaged.pt").is_file()
     args = arguments(tmp_path / "b", folder / "model", gone, **valid)
-    with pytest.raises(RuntimeError, match="gone.json"):
+    with pytest.raises(UserError, match="gone.json"):
         train_here(args)
     assert not (args.output_dir / "averaged.pt").exists()
     with pytest.raises(UserError, match="gone.json"):

@@ -13,7 +13,7 @@ import make_train_list
 from common import UserError, atomic_write, read_jsonl, write_jsonl
 from corpus import hash_share
 from make_train_list import mix, number_repeats, take
-from mini import helper, make_rows
+from mini import arguments, helper, make_rows
 from nano.weights import trainable_names
 
 CORPORA = ("simulated_8k_telephone", "real_8k_telephone", "wideband_16k", "no_speech")
@@ -149,3 +149,14 @@ def test_machines_with_the_same_process_number_may_write_the_same_list_at_once(t
         one.write("rows\n")
         other.write("rows\n")
     assert path.read_text() == "rows\n" and list(tmp_path.iterdir()) == [path]
+
+
+def test_audio_that_is_gone_in_the_middle_of_training_is_one_line(model_dir, tmp_path):
+    made = make_rows(tmp_path, 3)
+    args = arguments(tmp_path, model_dir, made, overlay={"dataset_conf": {"num_workers": 1}})
+    (tmp_path / "utterance 1.wav").unlink()
+    given = [word for name in ("stage_conf", "model_dir", "init_checkpoint", "train_list", "valid_list", "output_dir")
+             for word in (f"--{name}", getattr(args, name))]  # fmt: skip
+    done = helper("train.py", *given, "--overlay", args.overlay[0])
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("error: u1: cannot read") and "Traceback" not in done.stderr, last

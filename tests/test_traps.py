@@ -118,7 +118,7 @@ def batch_is_whole(lab: Lab) -> str:
 
 def unreadable_in_training(lab: Lab) -> str:
     dataset = lab.dataset(lab.row("语音转写：<|startofspeech|>!/nowhere.wav<|endofspeech|>"))
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises(UserError) as error:
         dataset[3]
     return str(error.value)
 

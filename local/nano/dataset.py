@@ -26,7 +26,7 @@ from funasr.frontends import wav_frontend
 from funasr.register import tables
 from transformers.audio_utils import mel_filter_bank
 
-from common import read_jsonl
+from common import UserError, read_jsonl
 
 # Upstream's module has two classes of this name, the second hides the first; the registry has both.
 Stock = tables.dataset_classes["FunASR"]
@@ -61,7 +61,7 @@ class FunASR(Stock):
             self.preprocessor_noise = self._through_channel
 
     def __getitem__(self, index: int) -> dict:
-        """Features and labels of row `index`. Raises RuntimeError for audio that cannot be used as it is."""
+        """Features and labels of row `index`. Raises UserError for audio that cannot be used as it is."""
         if index in self.cache:
             return self.cache[index]
         row = self.index_ds[index]
@@ -70,17 +70,17 @@ class FunASR(Stock):
         try:
             rate = soundfile.info(path).samplerate
         except (soundfile.LibsndfileError, OSError) as error:
-            raise RuntimeError(f"{key}: cannot read {path}: {error}; run stage 0 with --force true") from error
+            raise UserError(f"{key}: cannot read {path}: {error}; run stage 0 with --force true") from error
         if rate != self.fs:
-            raise RuntimeError(f"{key}: {path} is at {rate} Hz, not the frontend's {self.fs}; "
-                               "run stage 0 with --force true")  # fmt: skip
+            raise UserError(f"{key}: {path} is at {rate} Hz, not the frontend's {self.fs}; "
+                            "run stage 0 with --force true")  # fmt: skip
         # Upstream logs an exception of the channel and trains on clean audio, and does so with rows that are `noised`.
         self.key, self.failure = key, "was not asked for" if key in self.online else None
         sample = super().__getitem__(index)
         if self.failure:
-            raise RuntimeError(f"{key}: {path}: the channel of epoch {self.epoch} {self.failure}")
+            raise UserError(f"{key}: {path}: the channel of epoch {self.epoch} {self.failure}")
         if sample is None or "speech" not in sample:
-            raise RuntimeError(f"{key}: no features from {path} (see the lines above)")
+            raise UserError(f"{key}: no features from {path} (see the lines above)")
         row["row"] = index
         size = sum(feature.nbytes for feature in sample["speech"])
         if key not in self.online and size <= self.cache_left:
