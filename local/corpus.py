@@ -219,8 +219,10 @@ def _read_kaldi(utterances: Path) -> Iterator[Entry]:
         given: dict[str, Any] = {"key": key, "source": rest, "target": text.get(key), "speaker": speakers.get(key)}
         if segments:
             try:
-                recording, start, end = rest.split()
+                recording, start, end, *channel = rest.split()
                 given["start"], given["end"] = float(start), float(end)
+                if channel:  # Kaldi's extract-segments counts from 0
+                    (given["channel"],) = map(int, channel)
                 json.dumps(given, allow_nan=False)  # float() reads "nan"
             except ValueError:
                 yield Entry({"key": key, "segment": rest}, None, "bad_segment", f"segments: {key} {rest:.100}")

@@ -397,22 +397,23 @@ def test_a_compact_set_is_a_set(texts, before):
 def test_a_kaldi_folder_with_segments(tmp_path, monkeypatch):
     soundfile.write(tmp_path / "call 1.wav", murmur(9.0, 8000), 8000)
     (tmp_path / "wav.scp").write_text(f"rec1 {tmp_path}/call 1.wav\nrec2 sph2pipe -f wav x.sph |\n")
-    lines = ("a rec1 0.5 2.5", "b rec1 3 -1", "c rec2 0 1", "d rec9 0 1", "e rec1 nan 2", "f rec1 0 1")
+    lines = ("a rec1 0.5 2.5", "b rec1 3 -1 0", "c rec2 0 1", "d rec9 0 1", "e rec1 nan 2", "f rec1 0 1",
+             "h rec1 0 1 A", "i rec1 0 1 -1")
     write_lines(tmp_path / "segments", lines)
-    (tmp_path / "text").write_text("a 你 好 啊\nb\t再见 了\nc 好\nd 好\ne 好\ng 好\nb 又一次\n")
+    (tmp_path / "text").write_text("a 你 好 啊\nb\t再见 了\nc 好\nd 好\ne 好\ng 好\nb 又一次\nh 好\ni 好\n")
     (tmp_path / "utt2spk").write_text("a zhang\nb li\n")
     entries = {(entry.row or entry.given)["key"]: entry
                for entry in read_rows(tmp_path) if entry.reason != "duplicate_key"}
     assert {key: entry.reason for key, entry in entries.items()} == {
         "a": "", "b": "", "c": "source_is_command", "d": "missing_field", "e": "bad_segment", "f": "missing_field",
-        "g": "missing_field",
+        "g": "missing_field", "h": "bad_segment", "i": "bad_field",
     }
     assert [entry.reason for entry in read_rows(tmp_path)].count("duplicate_key") == 1
     assert entries["a"].row == {
         "key": "a", "source": f"{tmp_path}/call 1.wav", "target": "你 好 啊", "speaker": "zhang", "call": "rec1",
         "start": 0.5, "end": 2.5,
     }
-    assert "end" not in entries["b"].row
+    assert "end" not in entries["b"].row and entries["b"].row["channel"] == 0
     assert entries["d"].detail == "recording rec9 is not in wav.scp"
     done = command("filter", "--input", tmp_path, "--output", tmp_path / "o.jsonl", "--max_reject_ratio", "1")
     assert done.returncode == 0 and [row["seconds"] for row in read_lines(tmp_path / "o.jsonl")] == [2.0, 6.0]
