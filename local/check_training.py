@@ -77,7 +77,7 @@ def check_trained(model: torch.nn.Module, llm: dict[str, Any], path: Path) -> No
         for name in llm.get("lora_conf", {}).get("target_modules", []):
             if name not in there:
                 raise UserError(f"{path}: target_modules: the LLM has no layer {name}; Qwen3's are q_proj, k_proj, "
-                                "v_proj, o_proj, gate_proj, up_proj, down_proj, in a list", code=2)  # fmt: skip
+                                "v_proj, o_proj, gate_proj, up_proj, down_proj", code=2)  # fmt: skip
     if not any(p.requires_grad for p in model.parameters()):
         raise UserError(f"{path}: nothing would be trained; set freeze of a part to false, or use_lora to true", code=2)
 

@@ -136,7 +136,8 @@ def test_a_setting_that_would_lose_data_or_cannot_be_is_refused(refused, overlay
     (1, {"ctc_weight": 0}, "the CTC branch is to be trained: nothing would move it"),
     (2, {"llm_conf": {"use_lora": False}}, "nothing would be trained"),
     (2, {"llm_conf": {"lora_conf": {"target_modules": ["q_proj", "v_prj"]}}}, "the LLM has no layer v_prj"),
-    (2, {"llm_conf": {"lora_conf": {"target_modules": "q_proj"}}}, "the LLM has no layer q;"),
+    (2, {"llm_conf": {"lora_conf": {"target_modules": "q_proj"}}}, "target_modules is 'q_proj', not a list"),
+    (2, {"llm_conf": {"lora_conf": {"target_modules": None}}}, "target_modules is None, not a list"),
 ])  # fmt: skip
 def test_a_stage_that_would_not_train_what_it_names_is_refused(refused, stage, overlay, message):
     assert message in refused(stage=STAGES[stage], overlay=overlay)[0]

@@ -75,6 +75,8 @@ def read_stage(paths: list[Path]) -> dict[str, Any]:
             if key not in ACCEPTED:
                 near = difflib.get_close_matches(key, sorted(ACCEPTED), 1, 0)
                 raise UserError(f"{path}: nothing reads the key {key}; the nearest that is read is {near[0]}", code=2)
+            if key == "llm_conf.lora_conf.target_modules" and not isinstance(value, list):
+                raise UserError(f"{path}: {key} is {value!r}, not a list of the LLM's layers: [q_proj, v_proj]", code=2)
             if key in NO_NUMBERS:
                 continue
             if not isinstance(value, (bool, int, float)):
