@@ -81,7 +81,7 @@ class Scored:
             "chars_per_minute_low": written_low, "chars_per_minute_high": written_high,
             "p_value": p_value, "kwer_low": kwer_low, "kwer_high": kwer_high,
             "keyword_precision": metrics.rate(found, self.heard), "keyword_occurrences": int(wanted.sum()),
-            "characters": int(counts.lengths.sum()),
+            "characters": int(counts.lengths.sum()), "groups": len(set(self.clusters)),
             **{name: int(getattr(counts, name).sum()) for name in ("substitutions", "deletions", "insertions")},
             "loops": sum(map(metrics.has_loop, self.references, self.hypotheses)),
             "empties": sum(not hyp and bool(ref) for ref, hyp in zip(self.references, self.hypotheses, strict=True)),

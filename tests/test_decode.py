@@ -277,7 +277,7 @@ def test_summary_holds_the_rows_of_the_contract(tmp_path):
     assert base["cer"] == pytest.approx((1 + 4 + 10) / 10) and (base["loops"], base["empties"]) == (1, 1)
     assert final["cer"] == pytest.approx(0.1) and base["cer_low"] <= base["cer"] <= base["cer_high"]
     assert base["kwer"] == 1.0 and final["kwer"] == 0.0  # 逾期|预期 is one keyword
-    assert base["p_value"] is None and 0 < final["p_value"] <= 1
+    assert base["groups"] == 3 and base["p_value"] is None and 0 < final["p_value"] <= 1
     assert silence["cer"] is None and silence["chars_per_minute"] == pytest.approx(2 / 0.15)
     assert base["chars_per_minute"] is None and base["chars_per_minute_low"] is None
     assert silence["chars_per_minute_low"] == 0 and silence["chars_per_minute_high"] > silence["chars_per_minute"]

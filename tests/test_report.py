@@ -128,7 +128,7 @@ def test_missing_parts_are_named_not_invented(tmp_path):
 
 def score(model, test_set, cer=None, p_value=None, chars_per_minute=None):
     return {"model": model, "test_set": test_set, "cer": cer, "p_value": p_value, "chars_per_minute": chars_per_minute,
-            "cer_low": None, "cer_high": None, "kwer": None, "utterances": 9}
+            "cer_low": None, "cer_high": None, "kwer": None, "utterances": 9, "groups": 9}
 
 
 GOOD = [
@@ -147,6 +147,8 @@ def test_the_verdict_follows_the_scores():
     ):
         verdict = judge([row | (change if at == index else {}) for at, row in enumerate(GOOD)], 0.01)
         assert verdict["deploy"] is False and reason in verdict["against"][0]
+    unsure = [row | {"p_value": 0.06, "groups": 4} for row in GOOD]
+    assert judge(unsure, 0.01)["against"][0].endswith("share no call and no speaker: 4, to tell it takes 5")
     assert "0.125 are allowed" in judge(GOOD, 0.00125)["against"][0]
     at_limit = [*GOOD[:2], score("base", "wideband_test", 0.04), score("final", "wideband_test", 0.05), *GOOD[4:]]
     assert judge(at_limit, 0.01)["deploy"] is True  # 0.05 - 0.04 is a little over 0.01
