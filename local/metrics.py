@@ -147,6 +147,12 @@ def keyword_counts(texts: Sequence[str], keywords: dict[str, re.Pattern]) -> np.
     return np.array(found, dtype=np.int64).reshape(len(texts), len(keywords))
 
 
+def keyword_rates(wanted: np.ndarray, heard: np.ndarray, found: np.ndarray) -> dict[str, float | None]:
+    """Recall, precision and F1 of keywords that were found, of those in references and hypotheses."""
+    return {"keyword_recall": rate(found, wanted), "keyword_precision": rate(found, heard),
+            "keyword_f1": rate(2 * found, wanted + heard)}
+
+
 def bootstrap(
     clusters: Sequence[Any], errors: np.ndarray, lengths: np.ndarray, resamples: int = 2000
 ) -> tuple[float | None, float | None]:

@@ -80,8 +80,9 @@ class Scored:
             "chars_per_minute": float(counts.errors.sum() / minutes.sum()) if silent else None,
             "chars_per_minute_low": written_low, "chars_per_minute_high": written_high,
             "p_value": p_value, "kwer_low": kwer_low, "kwer_high": kwer_high,
-            "keyword_precision": metrics.rate(found, self.heard), "keyword_occurrences": int(wanted.sum()),
-            "characters": int(counts.lengths.sum()), "groups": len(set(self.clusters)),
+            **metrics.keyword_rates(self.wanted, self.heard, self.found),
+            "keyword_occurrences": int(wanted.sum()), "characters": int(counts.lengths.sum()),
+            "groups": len(set(self.clusters)),
             **{name: int(getattr(counts, name).sum()) for name in ("substitutions", "deletions", "insertions")},
             "loops": sum(map(metrics.has_loop, self.references, self.hypotheses)),
             "empties": sum(not hyp and bool(ref) for ref, hyp in zip(self.references, self.hypotheses, strict=True)),
@@ -111,8 +112,7 @@ class Scored:
             if wanted.sum() + heard.sum():
                 tables["keywords"].append({
                     "keyword": name, "reference": int(wanted.sum()), "hypothesis": int(heard.sum()),
-                    "found": int(found.sum()), "keyword_recall": metrics.rate(found, wanted),
-                    "keyword_precision": metrics.rate(found, heard),
+                    "found": int(found.sum()), **metrics.keyword_rates(wanted, heard, found),
                 })
         return {table: [{"model": self.model, "test_set": self.test_set, **row} for row in rows]
                 for table, rows in tables.items()}

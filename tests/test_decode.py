@@ -277,6 +277,8 @@ def test_summary_holds_the_rows_of_the_contract(tmp_path):
     assert base["cer"] == pytest.approx((1 + 4 + 10) / 10) and (base["loops"], base["empties"]) == (1, 1)
     assert final["cer"] == pytest.approx(0.1) and base["cer_low"] <= base["cer"] <= base["cer_high"]
     assert base["kwer"] == 1.0 and final["kwer"] == 0.0  # 逾期|预期 is one keyword
+    assert [final[f"keyword_{name}"] for name in ("recall", "precision", "f1")] == [1.0, 1.0, 1.0]
+    assert [base[f"keyword_{name}"] for name in ("recall", "precision", "f1")] == [0.0, None, 0.0]
     assert base["groups"] == 3 and base["p_value"] is None and 0 < final["p_value"] <= 1
     assert silence["cer"] is None and silence["chars_per_minute"] == pytest.approx(2 / 0.15)
     assert base["chars_per_minute"] is None and base["chars_per_minute_low"] is None
@@ -286,6 +288,8 @@ def test_summary_holds_the_rows_of_the_contract(tmp_path):
     assert {("codec", "g711_alaw"), ("snr", "10 to 15 dB"), ("loss", "under 0.1 %"), ("recorder", "none"),
             ("duration", "2 to 5 seconds"), ("speaker", "s1")} <= values
     assert ("退", "腿") in [(row["reference"], row["hypothesis"]) for row in details["confusions"]]
+    assert {(row["model"], row["keyword"], row["keyword_f1"]) for row in details["keywords"]} == {
+        (model, keyword, f1) for model, f1 in (("base", 0.0), ("final", 1.0)) for keyword in ("退款", "逾期")}
     assert "real_test" in done.stdout and "CER %" in done.stdout
     done = helper("score.py", "--transcripts", tmp_path / "t", "--output", tmp_path / "none.json",
                   "--conf", conf, "--keywords", "")  # fmt: skip

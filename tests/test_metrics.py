@@ -119,6 +119,12 @@ def test_a_keyword_on_two_lines_is_one(tmp_path):
     assert kwer(keywords, "逾期预期愈期，用app应用", "") == (5, 0, 0)
 
 
+def test_recall_precision_and_f1_of_keywords_by_hand():
+    wanted, heard = np.array([2, 1]), np.array([1, 3])
+    rates = metrics.keyword_rates(wanted, heard, np.minimum(wanted, heard))
+    assert rates == {"keyword_recall": 2 / 3, "keyword_precision": 2 / 4, "keyword_f1": 4 / 7}
+
+
 def test_rate_of_nothing_is_none():
     assert metrics.rate(np.array([3]), np.array([0])) is None
     assert metrics.bootstrap(["a"], np.array([1]), np.array([4])) == (None, None)
