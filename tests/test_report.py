@@ -103,6 +103,22 @@ def test_headline_agrees_with_the_summary_and_the_file_needs_no_network(experime
     assert "| 0.5 | 25.00 | 11.00 |" in text, "the curve that alpha was chosen by"
     assert "<td>0.5</td><td>25.00</td><td>11.00</td>" in page and '<tr class="final"><td>0.125</td>' in page
     assert "bash run_experiment.sh &#39;4&#39;" in page and "audio_encoder 700" in page and "abc123" in page
+    assert "stage1_encoder_adapt: funasr 1.4.16\n" in text
+    details = json.loads((folder / "eval" / "details.json").read_text("utf-8"))
+    (keyword,) = (row for row in details["keywords"] if (row["model"], row["test_set"], row["keyword"])
+                  == ("final", "real_test", "退款"))  # fmt: skip
+    cells = [f"{100 * keyword[f'keyword_{name}']:.2f}" for name in ("recall", "precision", "f1")]
+    assert f"| 退款 | recorded calls | {keyword['reference']} | {keyword['found']} | {' | '.join(cells)} |\n" in text
+    assert f"<td>{keyword['found']}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) in page
+    most = max((row for row in details["confusions"] if (row["model"], row["test_set"]) == ("final", "real_test")),
+               key=lambda row: row["count"])  # fmt: skip
+    assert f"| {most['reference']} | {most['hypothesis']} | recorded calls | {most['count']} |\n" in text
+    assert f"{most['reference']} → {most['hypothesis']} <small>recorded calls</small></td><td>{most['count']}" in page
+    for shown in ("Simulated calls by codec", "How the simulated lines sound", "Keywords missed, recorded calls",
+                  "CER, wideband speech", "Written where nobody speaks"):  # fmt: skip
+        assert shown in page, shown
+    assert page.count('src="data:image/svg+xml;base64,') == 2, "the losses of each stage"
+    assert page.count("<del>") > 20 and page.count("<ins>") > 20, "the legend, and the errors of the worst"
     for model, _ in scores:
         assert f"| {model} |" in text
     for name in ("recorded calls", "simulated calls", "wideband speech", "no speech"):
