@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import miniature
 import speak_corpus
 import train_base
 from common import read_jsonl
+from metrics import keyword_counts, read_keywords
+from mini import ROOT
 from nano.config import build_on_meta, effective
-from speak_corpus import SETS, VOICES, speak_set
+from speak_corpus import SETS, VOICES, speak_set, write_texts
 
 
 def test_an_utterance_sounds_alike_whatever_was_spoken_before_it(tmp_path):
@@ -49,6 +52,19 @@ def test_a_corpus_that_was_moved_is_spoken_anew(tmp_path, monkeypatch):
 def test_no_voice_of_dev_or_test_is_in_a_training_set():
     lists = {voices: set(VOICES[voices].split()) for _kinds, voices, _count, _held_out in SETS.values()}
     assert all(not lists[one] & lists[other] for one, other in itertools.combinations(lists, 2))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_texts_of_dev_and_test_are_in_no_other_set_and_business_terms_in_calls_alone(seed):
+    texts = write_texts(yaml.safe_load((ROOT / "data/demo_sentences.yaml").read_text("utf-8")), SETS, seed)
+    for name, (*_, held_out) in SETS.items():
+        others = {text for other in SETS if other != name for text in texts[other]}
+        assert not held_out or (len(set(texts[name])) == 240 and not others & set(texts[name])), name
+    terms = read_keywords(ROOT / "conf/demo/keywords.txt")
+    for name, drawn in texts.items():
+        assert (keyword_counts(drawn, terms).any(axis=1) == name.startswith("calls")).all(), name
+    known = set("".join(texts["base_train"]))
+    assert all(set(text) <= known for name in texts if name.startswith("calls") for text in texts[name])
 
 
 @pytest.fixture
