@@ -5,6 +5,7 @@ is asked for; builds of torch are CUDA's where their name or file says so.
 """
 
 import os
+import re
 import shutil
 import subprocess
 
@@ -17,6 +18,7 @@ case "$*" in
   -V) echo Python {version} ;;
   "-m venv "*) last=${{*: -1}}; [[ $* != *--clear* ]] || rm -rf "$last"; mkdir -p "$last/bin"
     cp "{path}" "$last/bin/python" ;;
+  *" --report "*nowhere*) echo "ERROR: No matching distribution found for torch"; exit 1 ;;
   *" --report "*) if [[ $* == *gpu* || $* == *cuda* ]]; then echo '"name": "nvidia-cublas"'; fi \
     >"$(grep -o '[^ ]*/[a-z]*.json' <<<"$*")" ;;
   *" download "*) touch "$WHEELS/torch.whl" ;;
@@ -85,3 +87,39 @@ def test_wheels_are_of_the_torch_that_setup_would_take_here(setup, tmp_path, gpu
     assert (tmp_path / "wheels/torch.txt").read_text() == torch + "\n"
     code, said, installed = setup(gpu, WHEELS=str(tmp_path / "wheels"))
     assert code == 0 and torch in installed
+
+
+@pytest.mark.parametrize("torch", ["torch==9.9.9 --index-url https://nowhere.example", "torch==0+nowhere"])
+def test_a_torch_that_cannot_be_reached_is_one_line_and_nothing_is_installed(setup, torch):
+    assert setup(False)[0] == 0
+    code, said, installed = setup(False, TORCH=torch)
+    assert code == 1 and not installed and [line for line in said.splitlines() if "error" in line] == [
+        f"error: pip cannot get '{torch}' (ERROR: No matching distribution found for torch); name another: "
+        "TORCH='torch==… --index-url …' make setup"]
+    assert setup(False) == (0, "", "")
+
+
+def test_no_torchaudio_beside_the_cpu_build():
+    """Its wheel links CUDA's libraries, and where it cannot be imported FunASR cannot either."""
+    for path in ROOT.glob("requirements*.txt"):
+        assert (re.search("^torchaudio", path.read_text(), re.M) is None) == (path.name != "requirements-gpu.txt")
+
+
+CI_MAKE = """#!/bin/bash
+echo "make $*" >>"$CALLS"
+echo "output of $1"
+[[ $1 != "$FAILING" ]]
+"""
+
+
+@pytest.mark.parametrize("failing", ["", "lint", "test-full", "demo"])
+def test_ci_runs_lint_all_tests_and_the_demo_and_fails_where_one_fails(tmp_path, failing):
+    for name, text in (("make", CI_MAKE), ("id", "#!/bin/bash\necho 1000\n")):  # nobody who may install packages
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    calls = tmp_path / "calls"
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "FAILING": failing}
+    done = subprocess.run([ROOT / ".ci/run"], env=environment, capture_output=True, text=True, check=False)
+    assert calls.read_text() == "make lint\nmake test-full\nmake demo\n"
+    assert (done.returncode, done.stderr) == ((1, f"ci: failed: {failing}\n") if failing else (0, ""))
+    assert done.stdout.count(f"output of {failing}\n") == (2 if failing else 0), "again at the end, where one looks"
