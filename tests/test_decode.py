@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import decode
+import score
 from common import UserError, read_jsonl, write_jsonl
 from decode import named, parse_row, transcript, utterance
 from mini import ROOT, formatted, helper, helper_here
@@ -298,6 +299,19 @@ def test_summary_holds_the_rows_of_the_contract(tmp_path):
     done = helper("score.py", "--transcripts", tmp_path / "t", "--output", tmp_path / "none.json",
                   "--conf", write_conf(tmp_path / "conf.yaml", bootstrap_resamples=0))  # fmt: skip
     assert done.returncode == 2 and "a whole number from 1" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_numbers_are_compared_in_chinese_on_both_sides_where_that_is_asked_for(tmp_path):
+    for model, hypothesis, reference in (("base", "分12期", "分十二期"), ("final", "分十二期", "分12期")):
+        write_jsonl(tmp_path / f"t/{model}.real_test.jsonl",
+                    transcript_rows(model, "real_test", [hypothesis], [reference]))  # fmt: skip
+    (tmp_path / "k.txt").write_text("12期\n", "utf-8")
+    for chinese, errors, kwer in ((True, [0, 0], [0.0, 0.0]), (False, [2, 2], [None, 1.0])):
+        conf = write_conf(tmp_path / "conf.yaml", chinese_numerals=chinese)
+        done = helper_here(score.main, "--transcripts", tmp_path / "t", "--output", tmp_path / "s.json",
+                           "--keywords", tmp_path / "k.txt", "--conf", conf)  # fmt: skip
+        rows = json.loads((tmp_path / "s.json").read_text("utf-8"))
+        assert ([row["substitutions"] for row in rows], [row["kwer"] for row in rows]) == (errors, kwer), done.stderr
 
 
 def test_an_interval_is_of_people_not_of_their_calls():

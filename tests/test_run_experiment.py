@@ -296,7 +296,8 @@ def test_the_whole_recipe_runs_its_helpers_and_a_second_time_nothing(recipe):
     assert names[0] == "download_model.py"
     assert names.count("train.py") == 3 and names[-2:] == ["final_model.py", "report.py"]
     for stage in range(-1, 6):
-        assert f"stage {stage}: log in " in done.stdout and f"stage {stage}: took " in done.stdout
+        title, log, *_, took = (line for line in done.stdout.splitlines() if line.startswith(f"stage {stage}: "))
+        assert " -> " in title and ": log in " in log and ": took " in took
         assert json.loads((recipe.exp / f"status/stage{stage}.json").read_text())["state"] == "done"
     recipe.forget_calls()
     again = recipe(-1, 5)
