@@ -18,7 +18,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,11 +28,11 @@ import torch
 import yaml
 
 from common import UserError, progress, read_jsonl, run, write_json
+from corpus import parse_row
 from nano import weights
 from nano.config import build_on_meta, check_settings, effective, read_stage, stage_parser
 from nano.train_log import read_log
 
-AUDIO = re.compile(r"<\|startofspeech\|>!(.*?)<\|endofspeech\|>")
 FRAME_BYTES = 560 * 4 / 6  # of features, a 10 ms frame: LFR joins seven frames of 80 numbers, every sixth time
 LOSS_TARGET = 0.3  # the plan's: reported, no reason to fail
 ONE_EPOCH = 1.1  # the first logged steps of a single epoch have other rows than the rest: a rise below this may be that
@@ -153,16 +152,16 @@ def check_rows(path: Path, dataset: dict[str, Any], fs: int) -> tuple[int, int]:
     keys, longest, frames = set(), 0, 0
     for number, row in enumerate(progress(read_jsonl(path), None, f"checking {path.name}"), 1):
         try:
-            key, speech, text = row["key"], row["speech_length"], row["text_length"]
-            audio, said = AUDIO.search(row["messages"][1]["content"]).group(1), row["messages"][2]["content"]
+            key, speech, text, said = row["key"], row["speech_length"], row["text_length"], parse_row(row)
+            audio, target = said["audio"], said["assistant"]
             online = (row.get("channel") or {}).get("online")
-        except (KeyError, IndexError, AttributeError, TypeError) as error:
+        except (KeyError, AttributeError, TypeError, UserError) as error:
             raise UserError(f"{path}:{number}: no formatted row (key, messages, lengths); run stage 0") from error
         if key in keys:
             raise UserError(f"{path}: key {key} twice")
         keys.add(key)
         longest, frames = max(longest, speech), frames + speech
-        if not said or not 1 <= text <= text_most or not least <= speech <= most:
+        if not target or not 1 <= text <= text_most or not least <= speech <= most:
             raise UserError(f"{path}: {key} has {speech} frames and {text} tokens; upstream would skip it ({least} to "
                             f"{most} frames, 1 to {text_most} tokens are used); run stage 0 with MAX_SPEECH_LENGTH up "
                             f"to {most}, or raise dataset_conf.max_source_length")  # fmt: skip

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -29,6 +30,7 @@ SPLITS = ("train", "dev", "test")
 OPTIONAL = ("raw_target", "speaker", "call", "language", "corpus", "band", "offered", "wideband_source")
 FIELDS = ("key", "source", "target", *OPTIONAL, "channel", "start", "end")
 SIDES = {"A": 0, "1": 0, "B": 1, "2": 1}  # of reco2file_and_channel
+SPEECH = re.compile(r"(.*)<\|startofspeech\|>!(.*)<\|endofspeech\|>", re.DOTALL)  # of a user, in a formatted row
 MAX_DEPTH = 100  # brackets within brackets: far below what workers and writers of JSON can take
 
 
@@ -99,6 +101,15 @@ def check_row(given: dict[str, Any], base: Path) -> Entry:
         return Entry(given, None, "bad_segment", f"start {row.get('start', 0.0)} s, end {row['end']} s")
     row["source"] = os.path.abspath(base / row["source"])
     return Entry(given, row)
+
+
+def parse_row(row: dict[str, Any]) -> dict[str, str]:
+    """What a formatted row says, by role; that of the user as "prompt" and "audio", a path."""
+    said = {message["role"]: message["content"] for message in row.get("messages", [])}
+    match = SPEECH.fullmatch(said.get("user", ""))
+    if match is None:
+        raise UserError(f"{row.get('key')}: no user message with <|startofspeech|>!PATH<|endofspeech|>; see stage 0")
+    return said | {"prompt": match[1], "audio": match[2]}
 
 
 def segment(row: dict[str, Any]) -> dict[str, Any]:

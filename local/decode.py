@@ -24,10 +24,10 @@ from typing import Any
 
 import audio
 from common import NO_SPEECH, UserError, file_hash, file_stamp, progress, read_jsonl, run, write_json, write_jsonl
+from corpus import parse_row
 from nano.inference import Recogniser, Utterance, batches, read_conf
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-SPEECH = re.compile(r"(.*)<\|startofspeech\|>!(.*)<\|endofspeech\|>", re.DOTALL)
 
 
 def get_args() -> argparse.Namespace:
@@ -41,15 +41,6 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--conf", default="conf/decode.yaml", help="Settings. Default: %(default)s.")
     parser.add_argument("--frontend_fs", type=int, default=16000, help="Rate trained with, Hz. Default: %(default)s.")
     return parser.parse_args()
-
-
-def parse_row(row: dict[str, Any]) -> dict[str, str]:
-    """What a formatted row says, by role; that of the user as "prompt" and "audio", a path."""
-    said = {message["role"]: message["content"] for message in row.get("messages", [])}
-    match = SPEECH.fullmatch(said.get("user", ""))
-    if match is None:
-        raise UserError(f"{row.get('key')}: no user message with <|startofspeech|>!PATH<|endofspeech|>; see stage 0")
-    return said | {"prompt": match[1], "audio": match[2]}
 
 
 def audio_stamp(row: dict[str, Any]) -> list[int]:

@@ -18,7 +18,7 @@ import numpy as np
 
 import audio
 from common import UserError, atomic_write, progress, read_jsonl
-from corpus import SPLITS, Seen, count_rows, hash_share, read_rows
+from corpus import SPLITS, Seen, count_rows, hash_share, parse_row, read_rows
 
 SAMPLE = 200  # files that are decoded again; all of them with --check_audio
 SHOWN = 10
@@ -51,7 +51,7 @@ def check_files(paths: list[str], fs: int, check_all: bool) -> Iterator[str]:
             valid += 1
             # Keys, calls and speakers are names within one corpus (folder); a path is a path everywhere.
             names = [(what, row.get(what), os.path.dirname(path)) for what in ("key", "call", "speaker")]
-            names += [("audio", audio_path(row), ""), ("audio", row.get("wideband_source"), "")]
+            names += [("audio", parse_row(row)["audio"], ""), ("audio", row.get("wideband_source"), "")]
             for what, value, place in names:
                 text = f"{what} {value} {place}"
                 if text in seen[role]:
@@ -89,7 +89,7 @@ def structure_problem(row: dict[str, Any]) -> str | None:
 
 def audio_problem(row: dict[str, Any], fs: int, decode: bool) -> str | None:
     """What is wrong with a row's audio by its header, and with `decode` by its samples, or None."""
-    path = audio_path(row)
+    path = parse_row(row)["audio"]
     try:
         samples, rate, plain = audio.length(path)
         if decode:
@@ -100,11 +100,6 @@ def audio_problem(row: dict[str, Any], fs: int, decode: bool) -> str | None:
         return f"{path} is not mono PCM at {fs} Hz (it is at {rate} Hz)"
     found = samples * 100 // fs
     return None if found == row["speech_length"] else f"speech_length {row['speech_length']}, {path} has {found} frames"
-
-
-def audio_path(row: dict[str, Any]) -> str:
-    """The path in a formatted row's user message."""
-    return USER.fullmatch(row["messages"][1]["content"])[1]
 
 
 class Part:
@@ -176,7 +171,7 @@ def estimate(source: str, rows: int, sample: list[Part], seconds_per_hour: float
     """What the `rows` of a whole corpus will take, from what became of a sample of them."""
     factor = rows / max(sum(part.rows for part in sample), 1)
     hours = factor * sum(part.hours for part in sample)
-    paths = [(part, audio_path(row)) for part in sample for row in part.sample]
+    paths = [(part, parse_row(row)["audio"]) for part in sample for row in part.sample]
     # Audio that is used in place takes no room.
     size = sum(os.path.getsize(path) for part, path in paths if path.startswith(os.path.abspath(part.path.parent)))
     text = f"{source}: about {rows} utterances, {hours:.1f} hours, {factor * size / 1e9:.2f} GB"
@@ -195,7 +190,7 @@ def draw(parts: Iterable[Part], picture: Path) -> None:
     for part in parts:
         corpus, _, split = part.name.partition("/")
         style = {"train": "-", "dev": "--", "test": ":"}.get(split, "-")
-        files = [audio_path(row) for row in progress(part.sample, len(part.sample), f"levels {part.name}")]
+        files = [parse_row(row)["audio"] for row in progress(part.sample, len(part.sample), f"levels {part.name}")]
         levels = [audio.rms_level(audio.read(path)[0].astype(np.float64)) for path in files]
         options = {"histtype": "step", "density": True, "label": part.name, "linestyle": style,
                    "color": colours.setdefault(corpus, f"C{len(colours)}")}  # fmt: skip
@@ -243,8 +238,8 @@ def sections(parts: list[Part]) -> Iterator[str]:
     yield "## Paths\n"
     yield table("set | valid rows | filtered rows", ((p.name, p.path, p.rejects) for p in parts))
     yield "## Listening examples\n"
-    examples = [(part.name, row) for part in parts for row in part.sample[:3]]
-    cells = [(name, audio_path(row), row["messages"][-1]["content"][:80]) for name, row in examples]
+    examples = [(part.name, parse_row(row)) for part in parts for row in part.sample[:3]]
+    cells = [(name, said["audio"], said["assistant"][:80]) for name, said in examples]
     yield table("set | file | text", cells)
 
 
