@@ -169,6 +169,14 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
         file.write("\n")
 
 
+def table(head: str, rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table; a cell cannot break out of it."""
+    lines = [f"| {head} |", "|" + "---|" * len(head.split(" | "))]
+    for row in rows:
+        lines.append("| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in row) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def progress(items: Iterable, total: int | None, title: str) -> Iterable:
     """Show rate and time left on stderr: a bar on a terminal, a line every five seconds in a log."""
     terminal, line = sys.stderr.isatty(), "{desc}: {n_fmt}/{total_fmt} in {elapsed}, {rate_fmt}, {remaining} left\n"

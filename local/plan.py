@@ -20,7 +20,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import audio
-from common import ROOT, UserError, atomic_write, read_jsonl, read_options, run
+from common import ROOT, UserError, atomic_write, read_jsonl, read_options, run, table
 from corpus import SPLITS, count_rows, hash_share, read_rows, segment
 
 SAMPLE = 200  # recordings of a set whose length is read before stage 0
@@ -133,10 +133,9 @@ def sections(options: dict[str, str], given: list[str]) -> Iterator[str]:
     done, source = len(known) == len(sets), f"unfiltered, hours from {SAMPLE} rows of a set"
     source += f", but those of stage 0 for {', '.join(known)}" if known else ""
     yield f"# What this experiment will take\n\nWritten by `make plan`. Everything goes to `{output}`.\n\n## Data\n"
-    yield "| set | rows | hours |\n| --- | --- | --- |"
-    for (corpus, split), lengths in sets.items():
-        yield f"| {corpus}/{split} | {len(lengths):,} | {hours(lengths):.2f} |"
-    yield f"\nRows and hours are {'those of stage 0' if done else source}."
+    yield table("set | rows | hours", (("/".join(name), f"{len(lengths):,}", f"{hours(lengths):.2f}")
+                                       for name, lengths in sets.items()))  # fmt: skip
+    yield f"Rows and hours are {'those of stage 0' if done else source}."
     yield f"Stage 0 {'wrote' if done else 'writes, as WAV (FLAC takes about half),'} {size / 1e9:.3f} GB of audio."
     heard, bench = sum(hours(sets[name]) for name in sets if name[0] != WIDEBAND), output / "bench/stage0.json"
     if bench.is_file():
@@ -164,19 +163,19 @@ def sections(options: dict[str, str], given: list[str]) -> Iterator[str]:
             facts, model, epochs = describe(name, folder, options, lengths)
             time = time_of(bench, name, model, total * epochs, total * 3600 / len(lengths))
             columns[-1] |= facts | {"time of all epochs": time}
-    yield f"## Training\n\n| | {' | '.join(STAGES)} |\n| --- | --- | --- | --- |"
-    yield from (f"| {title} | {' | '.join(column[title] for column in columns)} |" for title in columns[0])
+    yield "## Training\n"
+    yield table(" | ".join(("", *STAGES)), ((title, *(column[title] for column in columns)) for title in columns[0]))
     if there:
         decoded = {"dev": 1 + len(options["ALPHAS"].split()), "test": 5}  # models: base and mixtures; base to final
         sets |= {(SILENCE, "test"): [NOBODY] * NOBODY_IN_TEST}
         total = sum(hours(lengths) * decoded.get(split, 0) for (_, split), lengths in sets.items())
-        yield "\nBatches are those of one process; a GPU that is too small for them gets smaller ones. What several"
+        yield "Batches are those of one process; a GPU that is too small for them gets smaller ones. What several"
         yield "GPUs gain is not measured."
         yield f"Stage 4 decodes {total:.2f} hours: {time_of(bench, 'decoding', model, total, 0)}."
         # Mixtures and the final model, which stage 5 exports.
         yield f"Stages 4 and 5 keep {2 + len(options['ALPHAS'].split())} models of model.pt's size, more in fp32.\n"
     else:
-        yield "\nParameters, batches, memory, disk and time: run stage -1 first, which gets the model.\n"
+        yield "Parameters, batches, memory, disk and time: run stage -1 first, which gets the model.\n"
     words = shlex.join(given)
     yield f"## Commands\n\n```bash\nbash run_experiment.sh -1 {words}\nbash test_data_prep.sh {words}"
     yield from (f"bash run_experiment.sh {stage} {words}" for stage in range(6))

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import audio
-from common import UserError, atomic_write, progress, read_jsonl
+from common import UserError, atomic_write, progress, read_jsonl, table
 from corpus import SPLITS, Seen, count_rows, hash_share, parse_row, read_rows
 
 SAMPLE = 200  # files that are decoded again; all of them with --check_audio
@@ -201,14 +201,6 @@ def draw(parts: Iterable[Part], picture: Path) -> None:
     axes[0].legend(fontsize="small")
     with atomic_write(picture, "wb") as file:
         figure.savefig(file, format="png", metadata={"Software": None})
-
-
-def table(head: str, rows: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table; a cell cannot break out of it."""
-    lines = [f"| {head} |", "|" + "---|" * len(head.split(" | "))]
-    for row in rows:
-        lines.append("| " + " | ".join(" ".join(str(cell).replace("|", "\\|").split()) for cell in row) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def sections(parts: list[Part]) -> Iterator[str]:

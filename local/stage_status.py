@@ -27,7 +27,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from common import UserError, atomic_write, file_hash, read_jsonl, run, write_json
+from common import UserError, atomic_write, file_hash, read_jsonl, run, table, write_json
 from nano.train_log import read_log
 
 NOTHING_TO_DO, MUST_RUN, MUST_REDO = 0, 3, 4
@@ -241,12 +241,8 @@ def locked(root: str) -> bool:
 
 def show(root: str) -> str:
     """The state of every stage, and how each training goes, as Markdown tables."""
-    lines = [
-        f"# Status of the experiment in {root}", "", f"Written {time.strftime(CLOCK)} by `make status`.", "",
-        "| stage | what | state | when | took | rows, or CER on test |", "|---|---|---|---|---|---|",
-    ]
     markers = {stage: read_marker(root, stage) or {"state": "not run", "time": ""} for stage in STAGES}
-    trainings, rates, scored = [], error_rates(root), markers[4].get("began", 0)
+    stages, trainings, rates, scored = [], [], error_rates(root), markers[4].get("began", 0)
     started = [(marker["began"], stage) for stage, marker in markers.items() if marker["state"] == "started"]
     at_work = max(started)[1] if started and locked(root) else None
     for stage, what in STAGES.items():
@@ -266,13 +262,15 @@ def show(root: str) -> str:
         details = details or [f"{name} {count:,}" for name, count in marker.get("counts", {}).items()]
         # A folder that was moved aside ends in digits, its time.
         for log in Path(root).glob(f"exp/8k_telephone/stage{stage}_*[a-z]/train.log"):
-            trainings += [f"| {stage} | {' | '.join(row)} |" for row in [training_row(log.parent, running)] if row]
+            trainings += [(stage, *row) for row in [training_row(log.parent, running)] if row]
         took = timedelta(seconds=round(marker["seconds"])) if "seconds" in marker else ""
-        lines.append(f"| {stage} | {what} | {state} | {marker['time']} | {took} | {', '.join(details)} |")
+        stages.append((stage, what, state, marker["time"], took, ", ".join(details)))
+    text = f"# Status of the experiment in {root}\n\nWritten {time.strftime(CLOCK)} by `make status`.\n\n"
+    text += table("stage | what | state | when | took | rows, or CER on test", stages)
     if trainings:
-        lines += ["", "| stage | epoch | training loss, first to now | fallen (target 30 %) | accuracy on dev | audio "
-                  "seconds a second | GPU peak, GiB | left, at most |", "|---|---|---|---|---|---|---|---|", *trainings]
-    return "\n".join(lines) + "\n"
+        text += "\n" + table("stage | epoch | training loss, first to now | fallen (target 30 %) | accuracy on dev | "
+                             "audio seconds a second | GPU peak, GiB | left, at most", trainings)  # fmt: skip
+    return text
 
 
 def main() -> None:
