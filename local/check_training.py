@@ -30,7 +30,7 @@ import yaml
 from common import UserError, progress, read_jsonl, run, write_json
 from corpus import parse_row
 from nano import weights
-from nano.config import build_on_meta, check_settings, effective, read_stage, stage_parser
+from nano.config import batch_frames, build_on_meta, check_settings, effective, read_stage, stage_parser
 from nano.train_log import read_log
 
 FRAME_BYTES = 560 * 4 / 6  # of features, a 10 ms frame: LFR joins seven frames of 80 numbers, every sixth time
@@ -203,12 +203,6 @@ def check_room(model: torch.nn.Module, config: dict[str, Any], output_dir: Path,
     if torch.cuda.is_available() and memory > (there := torch.cuda.get_device_properties(0).total_memory):
         raise UserError(f"about {memory / 2**30:.0f} GiB of GPU memory needed, {there / 2**30:.0f} there; lower "
                         f"batch_size ({dataset['batch_size']}), or MAX_SPEECH_LENGTH of stage 0")  # fmt: skip
-
-
-def batch_frames(dataset: dict[str, Any], longest: int) -> tuple[bool, int]:
-    """Whether batches are made by length, not of so many rows; the most 10 ms frames of one."""
-    by_length = dataset.get("batch_type", "example") != "example"
-    return by_length, max(longest, dataset["batch_size"] * (1 if by_length else longest))
 
 
 def check_shared_memory(dataset: dict[str, Any], longest: int, frames: int) -> None:

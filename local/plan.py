@@ -93,7 +93,7 @@ def describe(name: str, model_dir: Path, options: dict[str, str], lengths: list[
 
     import nano.dataset  # noqa: F401  registers the sampler
     from nano.batch_size import gpu_bytes
-    from nano.config import build_on_meta, effective, read_stage
+    from nano.config import batch_frames, build_on_meta, effective, read_stage
     from nano.weights import checkpoint_bytes
 
     layers = [Path("conf", f"{name}.yaml"), Path(options["STAGE_OVERLAY_DIR"], f"{name}.yaml")]
@@ -106,13 +106,13 @@ def describe(name: str, model_dir: Path, options: dict[str, str], lengths: list[
     # The sampler of training, on lengths in place of a dataset.
     rows = type("Lengths", (list,), {"get_source_len": list.__getitem__})(lengths)
     sampler = tables.batch_sampler_classes["BatchSampler"](rows, is_training=True, **dataset)["batch_sampler"]
-    by_rows, size = dataset.get("batch_type", "example") == "example", dataset["batch_size"]
-    memory = gpu_bytes(model, config, max(size * max(lengths) if by_rows else size, max(lengths)), max(lengths))
+    by_length, frames = batch_frames(dataset, max(lengths))
+    size = f"{dataset['batch_size']:,} {'frames and tokens' if by_length else 'rows'}"
     return {
         "trained parameters": ", ".join(f"{module} {count / 1e6:.2f} M" for module, count in trained.items() if count),
-        "batches an epoch": f"{sum(1 for _ in sampler):,} of {size:,} {'rows' if by_rows else 'frames and tokens'}",
+        "batches an epoch": f"{sum(1 for _ in sampler):,} of {size}",
         "epochs, at most": str(train["max_epoch"]),
-        "GPU memory, estimated": f"{memory / 2**30:.1f} GiB",
+        "GPU memory, estimated": f"{gpu_bytes(model, config, frames, max(lengths)) / 2**30:.1f} GiB",
         "disk for checkpoints": f"{checkpoint_bytes(model, train['keep_nbest_models']) / 2**30:.2f} GiB",
     }, "full" if sum(p.numel() for p in model.parameters()) > 1e8 else "mini", train["max_epoch"]  # fmt: skip
 

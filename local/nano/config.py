@@ -154,6 +154,12 @@ def check_settings(config: dict[str, Any], path: Path) -> None:
         make("specaug_conf", lambda **conf: tables.specaug_classes[specaug](**conf)(torch.zeros(1, 100, 560)))
 
 
+def batch_frames(dataset: dict[str, Any], longest: int) -> tuple[bool, int]:
+    """Whether batches are made by length, not of so many rows; the most 10 ms frames of one."""
+    by_length = dataset.get("batch_type", "example") != "example"
+    return by_length, max(longest, dataset["batch_size"] * (1 if by_length else longest))
+
+
 def build_on_meta(config: dict[str, Any]) -> torch.nn.Module:
     """The model that an effective configuration describes, in this recipe's class, without memory for its tensors."""
     from funasr.auto.auto_model import deep_update
