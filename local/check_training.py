@@ -25,9 +25,8 @@ from typing import Any
 
 import soundfile
 import torch
-import yaml
 
-from common import UserError, progress, read_jsonl, run, write_json
+from common import UserError, progress, read_jsonl, read_yaml, run, write_json
 from corpus import parse_row
 from nano import weights
 from nano.config import batch_frames, build_on_meta, check_settings, effective, read_stage, stage_parser
@@ -135,7 +134,7 @@ def check_rate(model: torch.nn.Module, checkpoint: Path, fs: int) -> None:
     if not beside.is_file():
         logging.warning("no config.yaml beside %s: the rate it was trained with is not known", checkpoint)
         return
-    was = yaml.safe_load(beside.read_text(encoding="utf-8")).get("frontend_conf", {}).get("fs", 16000)
+    was = read_yaml(beside).get("frontend_conf", {}).get("fs", 16000)
     if was == fs:
         return
     frozen = not any(p.requires_grad for p in model.audio_encoder.parameters())

@@ -170,6 +170,9 @@ def test_a_checkpoint_of_another_rate_is_refused(refused, model_dir, rows, tmp_p
     shutil.copy(tmp_path / "stage1" / "model.pt", tmp_path / "stage1" / "averaged.pt")
     message, _code = refused(frontend_fs=8000, init_checkpoint=tmp_path / "stage1" / "averaged.pt")
     assert "was trained at 16000 Hz" in message
+    (tmp_path / "stage1/config.yaml").write_text("frontend_conf: [")
+    message, _code = refused(init_checkpoint=tmp_path / "stage1/averaged.pt")
+    assert "stage1/config.yaml: cannot be read as YAML" in message
 
 
 def test_an_empty_list_and_a_missing_checkpoint_are_refused(refused, tmp_path):
