@@ -41,6 +41,7 @@ from telephone.codecs import from_pcm  # noqa: E402
 from telephone.resample import resample  # noqa: E402
 
 DIGITS = "零一二三四五六七八九"
+COUNTS = {"digits": (4, 8), "few": (1, 4), "phone": (4, 5)}  # digits of a slot: at least, fewer than
 
 # espeak-ng voice variants: ordinary adult voices only, no whisper, robot, echo or other effect.
 # No voice is in two lists of different rows: train, dev and test are different people. By ear, too: steph, steph2 and
@@ -85,12 +86,8 @@ def fill(sentence: str, rng: np.random.Generator) -> str:
 
     def slot(match: re.Match) -> str:
         name = match.group(1)
-        if name == "digits":
-            return "".join(DIGITS[d] for d in rng.integers(0, 10, rng.integers(4, 8)))
-        if name == "few":
-            return "".join(DIGITS[d] for d in rng.integers(0, 10, rng.integers(1, 4)))
-        if name == "phone":
-            return "".join(DIGITS[d] for d in rng.integers(0, 10, 4))
+        if name in COUNTS:
+            return "".join(DIGITS[d] for d in rng.integers(0, 10, rng.integers(*COUNTS[name])))
         if name == "amount":
             low, high = [(10, 100), (100, 1000), (1000, 10000)][rng.integers(0, 3)]
             return say_number(int(rng.integers(low, high))) + "元"
