@@ -121,15 +121,14 @@ class Recogniser:
 
         Upstream gives it one row after the other, which leaves a GPU waiting for its next small kernel.
         """
-        from nano.model import place_speech, stock
+        from nano.model import inside, place_speech, stock
 
         model, llm = self.auto_model.model, self.auto_model.model.llm.to(stock.dtype_map[self.dtype])
         rows = [model.data_load_speech(model.data_template(given), tokenizer, **options) for given in messages]
         speech = pad_sequence([row["speech"][0] for row in rows], batch_first=True).to(device)
         encoded, lengths = model.encode(speech, torch.cat([row["speech_lengths"][:, 0] for row in rows]).to(device))
         # A row's last frames are joined with the zeros that would follow it were it alone, not with its padding.
-        inside = torch.arange(encoded.shape[1], device=device) < lengths[:, None]
-        tokens, _ = model.audio_adaptor(encoded * inside[:, :, None], lengths)
+        tokens, _ = model.audio_adaptor(encoded * inside(lengths, encoded.shape[1])[:, :, None], lengths)
         # Padded on the left: every row goes on from its last position.
         ids = pad_sequence([row["source_ids"][0] for row in rows], True, padding_side="left").to(device)
         padding = ids.shape[1] - torch.tensor([row["source_ids"].shape[1] for row in rows], device=device)
