@@ -71,7 +71,6 @@ def get_args() -> argparse.Namespace:
     parser.add_argument("--input", type=Path, help="Wideband corpus: JSONL or a Kaldi folder.")
     parser.add_argument("--output", type=Path, help="HTML file to write.")
     parser.add_argument("--config", type=Path, help="Distributions, as conf/telephone_channel.yaml.")
-    parser.add_argument("--seed", type=int, help="Another seed draws other channels.")
     return parser.parse_args()
 
 
@@ -129,7 +128,6 @@ def main() -> None:
     args.input = args.input or given_corpus(options)
     args.output = args.output or ROOT / options["EXP_OUTPUT"] / "listen/index.html"
     args.config = args.config or ROOT / options["CHANNEL_CONF"]
-    args.seed = int(options["SEED"]) if args.seed is None else args.seed
     configs = [load_config(args.config, *presets) for _, presets, _ in KINDS]
     voices = list(itertools.islice(utterances(args.input), len(KINDS)))
     if not voices:
@@ -138,13 +136,13 @@ def main() -> None:
     rows = []
     for number, ((title, _, changes), config) in enumerate(zip(KINDS, configs, strict=True)):
         row, samples = voices[number % len(voices)]
-        plan = draw(config, args.seed, row["key"]) | changes
+        plan = draw(config, int(options["SEED"]), row["key"]) | changes
         call = from_pcm(apply(plan, samples, FS, FS, row["key"], pool))
         rows.append({"title": title, "text": row["target"], "key": row["key"], "plan": described(plan),
                      "recording": shown(samples), "call": shown(call)})  # fmt: skip
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(PAGE)
     with atomic_write(args.output) as file:
-        file.write(page.render(rows=rows, config=args.config, seed=args.seed))
+        file.write(page.render(rows=rows, config=args.config, seed=options["SEED"]))
     print(f"listen: {args.output}")
 
 
