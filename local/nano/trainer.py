@@ -110,8 +110,6 @@ class Trainer(stock.Trainer):
     def train_epoch(self, model=None, optim=None, dataloader_train=None, epoch=None, start_step=0, **kwargs: Any):
         """Train one epoch in batches that fit the GPU, or nothing where early stopping has ended the training (main()
         cannot be told).
-
-        Enters in run.json how often the epoch's rows were used.
         """
         self.idle = 0 < self.patience <= self.epochs_no_improve
         if self.idle:
