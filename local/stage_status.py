@@ -201,22 +201,21 @@ def done(root: str, stage: int, outputs: list[str]) -> dict[str, Any]:
 def training_row(folder: Path, running: bool) -> list[str]:
     """Epoch, loss, fall, accuracy, speed, memory and time left of a training; empty before its first logged step.
 
-    The fall is that of the epochs' means where the training has been checked, else of the logged steps.
+    Loss and fall are those of the epochs' means where the training has been checked, else of the logged steps.
     """
     rows, lines, record = folder / "trainlist.jsonl", read_log(folder / "train.log"), folder / "run.json"
     trained = [line for line in lines if line["tag"] == "train"]
     if not trained:
         return []
-    first, now = trained[0]["loss"], trained[-1]
-    checked = json.loads(record.read_text("utf-8")).get("checked", {}) if record.is_file() else {}
+    now, checked = trained[-1], json.loads(record.read_text("utf-8")).get("checked", {}) if record.is_file() else {}
+    first = checked.get("loss_first_epoch", trained[0]["loss"])
     epoch, epochs, steps, loss = (now[name] for name in ("epoch", "epochs", "steps", "loss"))
     accuracy = [f"{line['acc']:.1%}" for line in lines if line["tag"] == "val"]
     pace = statistics.median(line["seconds"] for line in trained[-50:])
     audio = sum(row["speech_length"] for row in read_jsonl(rows)) / 100 if rows.is_file() else 0
     # An early stop makes it less, validation a little more.
     left = str(timedelta(seconds=round(((epochs - epoch) * steps - now["step"]) * pace))) if running else ""
-    fallen = checked.get("loss_fallen", 1 - loss / first)
-    return [f"{epoch + 1}/{epochs}", f"{first:.3f} -> {loss:.3f}", f"{fallen:.0%}", *(accuracy or [""])[-1:],
+    return [f"{epoch + 1}/{epochs}", f"{first:.3f} -> {loss:.3f}", f"{1 - loss / first:.0%}", *(accuracy or [""])[-1:],
             f"{audio / (steps * pace):,.0f}", str(now["gpu"] or "CPU"), left]  # fmt: skip
 
 

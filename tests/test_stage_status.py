@@ -219,9 +219,10 @@ def test_status_shows_how_a_training_goes(training, experiment):
         _states, trainings = tables(experiment)
     # 8 epochs of 80 steps and half of this one, at half a second each
     assert trainings["2"] == ["2", "2/10", "2.500 -> 1.500", "40%", "87.5%", "10", "CPU", "0:05:40"]
-    for record, fallen in (({"seed": 0}, "40%"), ({"checked": {"loss_fallen": 0.25}}, "25%")):
+    means = {"loss_first_epoch": 2.0, "loss_last_epoch": 1.5}
+    for record, told in (({"seed": 0}, ["2.500 -> 1.500", "40%"]), ({"checked": means}, ["2.000 -> 1.500", "25%"])):
         (training / "run.json").write_text(json.dumps(record))
-        assert tables(experiment)[1]["2"][3] == fallen
+        assert tables(experiment)[1]["2"][2:4] == told
 
 
 def test_a_log_cut_off_in_a_line_or_without_a_step_is_no_trouble(training, experiment):
