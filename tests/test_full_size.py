@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import full_size
+from check_training import check_checkpoint
 from download_model import check_model
 from nano.config import build_on_meta, effective
 from nano.trainer import count_parameters
@@ -44,7 +45,7 @@ def released(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("with_ctc", [True, False])
-def test_a_checkpoint_of_the_released_layout_is_accepted_with_and_without_ctc(folder, with_ctc):
+def test_a_checkpoint_of_the_released_layout_is_accepted_with_and_without_ctc(folder, with_ctc, caplog):
     state = released(folder)
     if not with_ctc:
         state = {name: tensor for name, tensor in state.items() if not name.startswith(("ctc.", "ctc_decoder."))}
@@ -52,3 +53,6 @@ def test_a_checkpoint_of_the_released_layout_is_accepted_with_and_without_ctc(fo
     checked = check_model(folder)
     assert checked["ctc"] is with_ctc
     assert sum(checked["parameters"].values()) == pytest.approx(0.87e9, rel=0.01)
+    config = full_size.stage_config(folder, "stage1_encoder_adapt")
+    check_checkpoint(build_on_meta(config), folder / "model.pt", config)
+    assert ("CTC: the checkpoint has no weights of it" in caplog.text) is not with_ctc
