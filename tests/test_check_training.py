@@ -391,6 +391,17 @@ def test_what_each_stage_trained_has_moved_and_each_row_was_used_once(trained, s
     assert described["rows_used"] == {str(epoch): uses for epoch in (1, 2, 3)}
 
 
+def test_a_ctc_branch_that_the_checkpoint_lacks_is_trained_and_saved(tmp_path, model_dir, rows):
+    state, _lora = weights.load(model_dir / "model.pt")
+    without = {name: tensor for name, tensor in state.items() if not name.startswith(weights.CTC_PREFIXES)}
+    torch.save(without, tmp_path / "huggingface.pt")
+    args = arguments(tmp_path, model_dir, rows, STAGES[1], QUICK, init_checkpoint=tmp_path / "huggingface.pt")
+    train_here(args)
+    moved = check_after(args.output_dir, args.init_checkpoint, args.train_list)["moved_tensors"]
+    assert set(moved) == {"audio_adaptor", "ctc_decoder", "ctc"}
+    assert torch.load(args.output_dir / "averaged.pt")["state_dict"].keys() == state.keys()
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_second_step_and_the_last_of_an_epoch_are_logged_and_drawn(trained, stage):
     folder = trained[stage][0].output_dir
