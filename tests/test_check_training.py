@@ -255,6 +255,17 @@ def test_room_is_estimated_from_the_model_and_the_batch(meta, tmp_path):
     check_room(model, config, tmp_path / "not" / "there yet", 2000)
 
 
+@pytest.mark.parametrize(("share", "fails"), [(1.1, False), (0.9, True)])
+def test_a_gpu_that_cannot_hold_a_batch_of_one_row_is_refused(meta, tmp_path, monkeypatch, share, fails):
+    config, model = meta[STAGES[0]]
+    there = SimpleNamespace(total_memory=share * gpu_bytes(model, config, 2000, 2000))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: there)
+    with pytest.raises(UserError, match=r"of GPU memory needed, .* lower batch_size") if fails \
+            else contextlib.nullcontext():
+        check_room(model, config, tmp_path, 2000)
+
+
 def test_a_container_with_too_little_shared_memory_is_refused_before_the_loader_fails_in_it(monkeypatch):
     plenty = {"batch_type": "token", "batch_size": 120000, "num_workers": 16}
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=64 << 20))
