@@ -22,7 +22,8 @@ case "$*" in
   *" --report "*) if [[ $* == *gpu* || $* == *cuda* ]]; then echo '"name": "nvidia-cublas"'; fi \
     >"$(grep -o '[^ ]*/[a-z]*.json' <<<"$*")" ;;
   *" download "*) touch "$WHEELS/torch.whl" ;;
-  *" install "*) echo "install $*" >>"$CALLS"; [[ $* != *-dev.txt* || -z $BROKEN ]] ;;
+  *" install "*) echo "install $* from ${{PIP_NO_INDEX:+$PIP_FIND_LINKS alone}}" >>"$CALLS"
+    [[ $* != *-dev.txt* || -z $BROKEN ]] ;;
   *_base_executable*) echo "{path}" ;;
   *urllib*) [[ -n $NETWORK ]] ;;
 esac
@@ -87,6 +88,15 @@ def test_wheels_are_of_the_torch_that_setup_would_take_here(setup, tmp_path, gpu
     assert (tmp_path / "wheels/torch.txt").read_text() == torch + "\n"
     code, said, installed = setup(gpu, WHEELS=str(tmp_path / "wheels"))
     assert code == 0 and torch in installed
+    assert all(line.endswith(f" from {tmp_path}/wheels alone") for line in installed.splitlines())
+
+
+def test_a_folder_of_wheels_that_is_damaged_or_none_is_refused_before_anything_is_installed(setup, tmp_path):
+    assert setup(False, "wheels", WHEELS=str(tmp_path / "wheels"))[0] == 0
+    (tmp_path / "wheels/torch.whl").write_text("cut off")
+    for folder, message in (("wheels", "is damaged; copy it again"), ("empty", "has no SHA256SUMS")):
+        code, said, installed = setup(False, WHEELS=str(tmp_path / folder))
+        assert code == 1 and message in said and not installed
 
 
 @pytest.mark.parametrize("torch", ["torch==9.9.9 --index-url https://nowhere.example", "torch==0+nowhere"])
