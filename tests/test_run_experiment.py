@@ -321,6 +321,32 @@ def test_each_training_starts_from_the_one_before(recipe, tmp_path):
     assert steps == ["validate"] + ["validate", "train.py"] * 3, "after stage 0, and before every training"
 
 
+def test_what_is_asked_of_a_training_reaches_it_and_is_remembered_and_checks_are_on_both_sides(recipe, tmp_path):
+    asked = {"real_share": "0.21", "wideband_replay": "0.22", "no_speech_share": "0.23", "simulated_share": "0.24",
+             "max_speech_length": "9000", "seed": "7"}  # fmt: skip
+    overlay = tmp_path / "overlay/stage2_adapter_align.yaml"
+    overlay.parent.mkdir()
+    overlay.write_text("a: 1\n")
+    given = {**asked, "max_wideband_loss": "0.03", "stage_overlay_dir": overlay.parent}
+    assert recipe(-1, 4, **given).returncode == 0
+    calls = [call for call in recipe.calls() if call[0] != "prepare_training_data.py"]
+    lists = [options_of(call) for call in calls if call[0] == "make_train_list.py"]
+    assert len(lists) == 3 and all({f"--{name}": value for name, value in asked.items()}.items() <= options.items()
+                                   for options in lists)  # fmt: skip
+    steps = [call[1] if call[0] == "check_training.py" else call[0] for call in calls]
+    began = steps.index("make_train_list.py")
+    assert steps[began : began + 12] == 3 * ["make_train_list.py", "before", "train.py", "after"]
+    assert {options_of(call)["--seed"] for call in calls if call[0] == "train.py"} == {"7"}
+    assert options_of(next(call for call in calls if "--choose" in call))["--max_wideband_loss"] == "0.03"
+    for stage, other in ((1, "simulated_share"), (2, "simulated_share"), (3, "real_share")):
+        marker = json.loads((recipe.exp / f"status/stage{stage}.json").read_text())
+        remembered = {name.upper(): value for name, value in asked.items() if name != other}
+        assert marker["config"] == remembered | {"FRONTEND_FS": "16000"}
+        assert (str(overlay) in marker["inputs"]) is (stage == 2)
+        assert str(tmp_path / "base model/config.yaml") in marker["inputs"]
+        assert any(f"/conf/stage{stage}_" in path for path in marker["inputs"])
+
+
 def test_a_checkpoint_of_the_users_replaces_the_first_parent_only(recipe, tmp_path):
     assert recipe(-1, 0).returncode == 0
     (tmp_path / "mine.pt").write_text("x")
