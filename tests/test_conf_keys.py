@@ -2,14 +2,14 @@
 
 import copy
 
-import numpy as np
 import pytest
 import yaml
 
-import metrics
-from common import UserError
+import decode
+import score
+from common import UserError, write_jsonl
 from corpus_filter import LIMITS, TextRules, over_limit
-from mini import ROOT
+from mini import ROOT, helper_here, make_rows
 from nano.config import flat_items, read_stage
 from nano.inference import SCORING, read_conf
 from telephone.channel import PROBABILITY, SCHEMA, draw, load_config
@@ -97,9 +97,54 @@ def test_every_rule_is_what_drops_its_examples(number):
 DECODE = yaml.safe_load((ROOT / "conf" / "decode.yaml").read_text())
 
 
-def test_resamples_change_the_interval():
-    clusters, errors, lengths = np.arange(20), np.arange(20) % 3, np.full(20, 5)
-    assert metrics.bootstrap(clusters, errors, lengths, 3) != metrics.bootstrap(clusters, errors, lengths, 2000)
+@pytest.mark.parametrize(("key", "values"), [
+    ("device", ("cpu", "cuda")), ("dtype", ("fp32", "fp16")), ("batch_size", (2, 4)), ("batch_seconds", (2, 600)),
+    ("max_new_tokens", (5, 60)), ("max_tokens_per_second", (1, 15)),
+])  # fmt: skip
+def test_a_key_of_decoding_changes_what_the_model_is_asked_for(tmp_path, monkeypatch, key, values):
+    (tmp_path / "config.yaml").touch()
+    (tmp_path / "model.pt").touch()
+    write_jsonl(tmp_path / "list.jsonl", make_rows(tmp_path, 4))
+    asked = []
+
+    class Recogniser:
+        fs = 16000
+
+        def __init__(self, *made_of):
+            asked[-1].append(made_of)
+
+        def load(self, _checkpoint):
+            pass
+
+        def transcribe(self, utterances, *limits):
+            asked[-1].append((len(utterances), *limits))
+            return [""] * len(utterances)
+
+    monkeypatch.setattr(decode, "Recogniser", Recogniser)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
+    fixed = {"dtype": "fp32", "batch_size": 4, "batch_seconds": 600}  # which `auto` has by the device
+    for value in values:
+        asked.append([])
+        (tmp_path / "conf.yaml").write_text(yaml.safe_dump({**DECODE, **fixed, key: value}))
+        done = helper_here(decode.main, "--model_dir", tmp_path, "--checkpoint=base=", "--conf", tmp_path / "conf.yaml",
+                           f"--test_set=t={tmp_path}/list.jsonl", "--output_dir", tmp_path / "out")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert len(asked[0]) > 1 and asked[0] != asked[1]
+
+
+@pytest.mark.parametrize(("key", "values"), [("chinese_numerals", (False, True)), ("bootstrap_resamples", (3, 2000))])
+def test_a_key_of_scoring_changes_the_scores(tmp_path, key, values):
+    rows = [{"key": str(number), "hyp": "一共12元", "ref": "一共十二元" if number % 3 else "一共十二块", "seconds": 1.0,
+             "model": "base", "test_set": "real_test"} for number in range(20)]  # fmt: skip
+    write_jsonl(tmp_path / "t/base.real_test.jsonl", rows)
+    scores = []
+    for value in values:
+        (tmp_path / "decode.yaml").write_text(yaml.safe_dump(DECODE | {key: value}))
+        done = helper_here(score.main, "--transcripts", tmp_path / "t", "--conf", tmp_path / "decode.yaml",
+                           "--output", tmp_path / "summary.json", "--keywords", "")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        scores.append((tmp_path / "summary.json").read_text())
+    assert scores[0] != scores[1]
 
 
 def test_decode_yaml_holds_the_keys_that_are_read_and_no_other():
