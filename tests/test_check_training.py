@@ -34,6 +34,7 @@ from nano.config import build_on_meta, effective, flat_items, read_stage
 from nano.dataset import Once
 from nano.model import FunASRNano
 from nano.train_log import read_log
+from nano.trainer import Trainer
 
 SORTED = {"batch_type": "token", "batch_size": 1500, "num_workers": 0}
 YAMLS = [path for path in sorted(ROOT.glob("conf/**/*.yaml")) if path.stem.startswith(("stage", "base_model"))]
@@ -434,6 +435,11 @@ def test_the_last_batches_of_an_epoch_make_a_step_though_fewer_than_accum_grad(t
     assert {int(one["step"]) for one in state.values()} == {6}, "two of the three batches, and the third, in 3 epochs"
 
 
+def test_no_checkpoint_is_written_inside_an_accumulation_of_gradients(tmp_path):
+    trainer = Trainer(output_dir=str(tmp_path), device="cpu", accum_grad=4, save_checkpoint_interval=10)
+    assert trainer.save_checkpoint_interval == 12, "gradients of 2 batches would be lost in a kill"
+
+
 def test_checkpoints_on_disk_are_bounded(trained):
     on_disk = sorted(path.name for path in trained[STAGES[0]][0].output_dir.glob("model.pt.ep*"))
     assert 2 <= len(on_disk) <= 3
@@ -522,7 +528,6 @@ def test_saving_after_no_step_and_loading_again_decodes_the_same(model_dir, tmp_
     from funasr import AutoModel
 
     from nano.inference import Recogniser, Utterance
-    from nano.trainer import Trainer
 
     config = effective(read_stage([ROOT / "conf" / f"{stage}.yaml"]), model_dir, 16000)
     (tmp_path / "exp").mkdir()

@@ -7,13 +7,14 @@ import tracemalloc
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import make_train_list
 from common import UserError, atomic_write, read_jsonl, write_jsonl
 from corpus import hash_share
 from make_train_list import mix, number_repeats, take
-from mini import arguments, helper, make_rows
+from mini import arguments, formatted, helper, make_rows
 from nano.weights import trainable_names
 
 CORPORA = ("simulated_8k_telephone", "real_8k_telephone", "wideband_16k", "no_speech")
@@ -65,6 +66,12 @@ def test_a_tied_output_layer_is_averaged_with_its_embedding(model_dir):
     names = trainable_names(model)
     assert {"llm.model.embed_tokens.weight", "llm.lm_head.weight"} <= names
     assert not any(name.startswith("audio_encoder.") for name in names)
+
+
+def test_audio_at_another_rate_than_the_frontends_stops_training_and_is_not_resampled(model_dir, tmp_path):
+    row = formatted("slow", tmp_path / "slow.wav", np.zeros(8000), "三", fs=8000)
+    with pytest.raises(UserError, match="slow: .* is at 8000 Hz, not the frontend's 16000"):
+        batch_of(build(model_dir), [row], tmp_path)
 
 
 def keyed(*keys):
