@@ -195,6 +195,9 @@ def test_masks_take_no_more_than_a_quarter_of_a_row_and_no_frame_of_one_they_wou
     assert gone.max() <= 0.25 and (gone[3::4] > 0.1).any() and not gone[0::4].any()
     bands = masked[0::4, :3].flatten(1).any(1).float().mean()
     assert bands > 0.8, "of the shortest rows, too, frequencies are masked"
+    with pytest.raises(Heard) as heard:
+        model.eval()(**batch() | {"speech": speech, "speech_lengths": lengths[:, None]})
+    assert heard.value.args[0].equal(speech), "dev is heard whole"
 
 
 @pytest.mark.full
