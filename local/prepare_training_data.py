@@ -102,7 +102,8 @@ def format_row(row: dict[str, Any], folder: Path, since: float, args: argparse.N
     # "<|" would end the prompt's audio token, and FunASR finds no token that goes on in another line.
     if not plain or rate != fs or "<|" in path or "\n" in path:
         path = os.path.abspath(folder / audio.file_name(row["key"], f".{args.audio_format}"))
-        if not os.path.exists(path) or os.stat(path).st_mtime < max(since, os.stat(row["source"]).st_mtime):
+        made = os.path.exists(path) and os.path.getsize(path)  # a power failure leaves empty files
+        if not made or os.stat(path).st_mtime < max(since, os.stat(row["source"]).st_mtime):
             x, rate = audio.read(row["source"], **cut)
             audio.write(path, resample(x, rate, fs), fs)
         samples = audio.length(path).samples

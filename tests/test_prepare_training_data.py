@@ -894,6 +894,17 @@ def test_changed_settings_or_input_after_a_kill_redo_the_files(tmp_path, corpus)
     assert np.array_equal(first, fifth)
 
 
+def test_what_a_power_failure_left_empty_is_written_anew(tmp_path, corpus):
+    rows = [*corpus, corpus[0] | {"key": "gone", "source": "gone.wav"}]
+    with pytest.raises(UserError):  # the run ends before its end
+        converted(tmp_path, rows, "--do_upsample")
+    empty = tmp_path / "out/audio/train/u0.flac"
+    kept, whole = empty.with_name("u1.flac").stat().st_mtime_ns, empty.read_bytes()
+    empty.write_bytes(b"")
+    assert len(converted(tmp_path, rows, "--do_upsample", "--max_reject_ratio", 0.5)) == 6
+    assert empty.read_bytes() == whole and empty.with_name("u1.flac").stat().st_mtime_ns == kept
+
+
 @pytest.mark.full
 def test_a_dask_cluster_writes_the_same_bytes(tmp_path, corpus):
     source = write_lines(tmp_path / "in.jsonl", many(corpus, 200))
