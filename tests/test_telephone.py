@@ -162,7 +162,20 @@ def test_every_codec_keeps_speech_where_it_was(name, kbps):
     decoded = codec.code(pcm, **settings)
     assert decoded.dtype == np.int16 and decoded.size >= pcm.size - codec.fs // 50
     assert abs(delay(pcm, fitted(decoded, pcm.size))) <= codec.fs // 1000
+    assert snr(pcm, fitted(decoded, pcm.size)) < 40  # that of A-law is 38
     assert np.array_equal(decoded, codec.code(pcm, **settings))
+
+
+@pytest.mark.parametrize("name", KBPS)
+def test_every_rate_of_a_codec_sounds_otherwise(name):
+    pcm = to_pcm(speech(2, 8000))
+    assert len({CODECS[name].code(pcm, kbps=kbps).tobytes() for kbps in KBPS[name]}) == len(KBPS[name])
+
+
+def test_amr_sends_less_in_pauses_with_dtx():
+    hiss = np.random.default_rng(0).integers(-9, 9, 16000).astype(np.int16)
+    whole, pauses = (sum(map(len, amr_encode(hiss, 12.2, dtx))) for dtx in (False, True))
+    assert pauses < whole / 3
 
 
 def test_amr_conceals_lost_frames_in_its_decoder():
@@ -359,6 +372,31 @@ def test_noise_has_the_drawn_snr_and_speech_the_drawn_level(key, snr_db, kind):
     noisy = call(plan | {"noise": {"kind": kind, "snr_db": snr_db}}, talk, 16000, 8000)
     assert noise.active_level(clean, 8000) == pytest.approx(plan["active_dbov"], abs=0.5)
     assert noise.active_level(clean, 8000) - noise.rms_level(noisy - clean) == pytest.approx(snr_db, abs=0.5)
+    sent = np.abs(np.fft.rfft(noisy - clean)) ** 2  # 3 s: through the same telephone, 300-3400 Hz
+    assert sent[300:450].mean() < sent[3000:6000].mean() / 10
+
+
+def test_echo_is_as_late_and_as_faint_and_hum_as_loud_as_drawn():
+    plan, talk = draw(load_config(CONF, "clean-pcma", "no_codec"), 0, "x"), speech(3)
+    clean = call(dict(plan), talk, 16000, 8000)
+    echo = call(plan | {"line": {"echo_ms": 40.0, "echo_loss_db": 20.0}}, talk, 16000, 8000) - clean
+    assert delay(clean, echo) == 320
+    assert noise.rms_level(echo[320:]) - noise.rms_level(clean[:-320]) == pytest.approx(-20, abs=0.1)
+    hum = call(plan | {"line": {"hum_dbm0": -45.0}}, talk, 16000, 8000) - clean
+    assert noise.rms_level(hum) + noise.DBM0 == pytest.approx(-45, abs=0.1)
+    assert np.argmax(np.abs(np.fft.rfft(hum[:8000]))) == 50
+
+
+def test_a_room_falls_by_60_db_in_its_time_under_the_direct_sound():
+    plan, talk = draw(load_config(CONF, "clean-pcma", "no_codec"), 0, "x"), speech(3)
+    rooms = {}, {"room": {"rt60_s": 0.5, "direct_db": 6.0}}
+    assert snr(*(call(plan | room, talk, 16000, 8000) for room in rooms)) == pytest.approx(6, abs=2)
+    impulse = np.zeros(8000, np.float32)
+    impulse[0] = 1
+    heard = filters.room(np.random.default_rng(0), impulse, 8000, rt60_s=0.5, direct_db=6.0)
+    assert heard[0] == pytest.approx(1, abs=1e-3) and np.square(heard[1:]).sum() == pytest.approx(10**-0.6, rel=0.01)
+    early, late = (noise.rms_level(heard[start : start + 400]) for start in (400, 2400))
+    assert early - late == pytest.approx(30, abs=2)
 
 
 def test_colour_of_noise_and_hum():
@@ -385,6 +423,15 @@ def test_noise_recorded_with_an_offset_does_not_click_at_the_ends(tmp_path):
     for around, _ in (noise.excerpt(rng, 32000, 8000, recorded), noise.babble(rng, 32000, 8000, recorded, "x")):
         sent = filters.send(around, 8000, "mobile")
         assert np.abs(sent[:200]).max() < 5 * sent.std()
+
+
+def test_an_excerpt_begins_anywhere_and_goes_round_a_short_recording(tmp_path):
+    soundfile.write(tmp_path / "hiss.wav", 0.1 * np.random.default_rng(0).standard_normal(80_000), 8000)
+    recorded = [noise.Recording("hiss", str(tmp_path / "hiss.wav"))]
+    short = [noise.excerpt(np.random.default_rng(seed), 4000, 8000, recorded)[0] for seed in (0, 1)]
+    assert np.abs(np.corrcoef(*short)[0, 1]) < 0.2
+    long, keys = noise.excerpt(np.random.default_rng(0), 100_000, 8000, recorded)
+    assert np.array_equal(long[80_000:], long[:20_000]) and keys == ["hiss"]
 
 
 def test_babble_is_others_voices_never_ones_own(tmp_path):
@@ -451,6 +498,16 @@ def test_band_has_the_edges_asked_for():
     assert decibels[1000] == pytest.approx(0, abs=0.1) and decibels[100] < -30
 
 
+def test_a_peak_is_as_high_as_drawn():
+    impulse = np.zeros(8000, np.float32)
+    impulse[4000] = 1
+    flat, peaked = (np.abs(np.fft.rfft(filters.send(impulse, 8000, "mobile", peaks=peaks)))
+                    for peaks in ([], [[2000, 6.0]]))  # fmt: skip
+    decibels = 20 * np.log10(peaked[300:3400] / flat[300:3400])
+    assert decibels.max() == pytest.approx(6, abs=0.2) and abs(np.argmax(decibels) + 300 - 2000) < 50
+    assert abs(decibels[700]) < 0.5
+
+
 def test_limiters_and_gain_control():
     loud = speech(3, 8000) * 4
     for kind in ("hard_clip", "soft_clip"):
@@ -461,6 +518,11 @@ def test_limiters_and_gain_control():
         before = noise.active_level(talk * np.float32(gain), 8000)
         assert abs(noise.active_level(after[24000:], 8000) + 20) < abs(before + 20)
     assert noise.active_level(after[24000:], 8000) == pytest.approx(-20 - 4, abs=1.5)  # as the config says
+    plan = draw(load_config(CONF, "clean-pcma", "no_codec"), 0, "x") | {"active_dbov": -9.0}
+    kinds = [{}, *({"limiter": {"kind": kind, "target_dbov": -20.0}} for kind in ("hard_clip", "soft_clip", "agc"))]
+    calls = [call(plan | kind, speech(6), 16000, 8000) for kind in kinds]
+    assert len({heard.tobytes() for heard in calls}) == 4
+    assert noise.active_level(calls[3][24000:], 8000) == pytest.approx(-20 - 4, abs=1.5)
 
 
 # The whole channel
@@ -520,6 +582,7 @@ def test_every_channel_keeps_length_and_time_and_is_never_silent(part, tmp_path)
 
 def test_wideband_leg_and_every_codec_in_every_hop():
     talk = speech(2)
+    uncoded = call(draw(CLEAN, 0, "x"), talk, 16000, 8000)
     hops = [("hop1", name) for name in ("g722", *CODED)] + [("hop2", name) for name in CODED]
     for hop, name in [*hops, ("recorder", "gsm_fr"), ("recorder", "mp3"), ("recorder", "g726")]:
         settings = {"kbps": KBPS[name][-1]} if name in KBPS else {}
@@ -528,6 +591,7 @@ def test_wideband_leg_and_every_codec_in_every_hop():
         band = firwin(201, [800, 3000], pass_zero=False, fs=8000)
         heard = (resample(talk, 16000, 8000), call(plan, talk, 16000, 8000))
         assert abs(delay(*(np.convolve(samples, band, "same") for samples in heard))) <= 8, (hop, name)
+        assert 1 < snr(uncoded, heard[1]) < 35, (hop, name)
 
 
 def test_clean_pcma_is_the_plain_band_and_a_law():
