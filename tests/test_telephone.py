@@ -212,7 +212,17 @@ def test_concealment_goes_on_with_the_pitch():
     gap = slice(20 * PACKET, 20 * PACKET + 80)
     assert snr(voiced[gap], concealed[gap]) > 25
     touched = np.flatnonzero(concealed != voiced)
-    assert touched[0] >= 20 * PACKET - 30 and touched[-1] < 21 * PACKET + 80
+    # Back over a quarter of the 64 samples of a period and 4 ms for the second 10 ms.
+    assert touched[0] >= 20 * PACKET - 30 and touched[-1] - 21 * PACKET == pytest.approx(16 + 32, abs=3)
+
+
+def test_concealment_goes_a_period_further_back_after_10_and_20_ms():
+    time = np.arange(8000)
+    tone, gap = np.sin(2 * np.pi * time / 50), 3200
+    loudness = np.where(time < gap - 50, np.where(time < gap - 100, 0.25, 0.5), 1)  # of the last three periods
+    concealed = conceal((tone * loudness).astype(np.float32), np.isin(time[:50], (20, 21)), PACKET)[gap:] / tone[gap:]
+    heard = [concealed[after] for after in (20, 97, 190)] / np.clip(1.2 - np.array([20, 97, 190]) / 400, 0, 1)
+    assert heard == pytest.approx([1, 0.5, 0.25], rel=0.02)
 
 
 def test_a_long_gap_fades_within_60_ms_and_never_jumps():
