@@ -261,6 +261,9 @@ def test_telephone_audio_is_told_by_its_spectrum_not_its_rate():
     telephone = np.round(np.fft.irfft(spectrum) * 32768) / 32768
     assert audio.is_narrow_band(telephone, 16000) and audio.is_narrow_band(noise, 8000)
     assert not audio.is_narrow_band(noise, 16000)
+    spectrum = np.fft.rfft(noise)
+    spectrum[len(spectrum) * 50 // 80 :] = 0
+    assert not audio.is_narrow_band(np.fft.irfft(spectrum), 16000), "up to 5 kHz"
     assert not audio.is_narrow_band(telephone + 0.02 * noise, 16000), "images of a poor resampler are energy too"
 
 

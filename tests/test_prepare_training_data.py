@@ -213,6 +213,9 @@ def test_what_leaks_from_dev_is_dropped_and_shared_text_is_not(tmp_path, corpus)
     kept, reasons = filtered(tmp_path, train, "--against", tmp_path / "dev.jsonl")
     assert [row["key"] for row in kept] == ["u1"]
     assert reasons == {"u3": "leakage", "u2": "leakage", "copy": "leakage"}, "by speaker, by path, by content"
+    filtered(tmp_path, [corpus[0] | {"call": "c"}], name="dev")
+    assert filtered(tmp_path, [corpus[1] | {"call": "c"}, corpus[2] | {"call": "d"}], "--against",
+                    tmp_path / "dev.jsonl")[1] == {"u1": "leakage"}  # fmt: skip
     for other in (tmp_path / "in.jsonl", tmp_path):
         with pytest.raises(UserError) as caught:  # rows that were not filtered have no hash of their audio
             filtered(tmp_path, train, "--against", other)
@@ -470,6 +473,9 @@ def test_split_gives_two_halves_of_different_people(tmp_path, corpus):
     first, second = read_lines(dev), read_lines(test)
     assert sorted(first + second, key=rows.index) == rows and min(len(first), len(second)) == 40
     assert not {row["speaker"] for row in first} & {row["speaker"] for row in second}
+    calls = [row | {"speaker": None, "call": row["speaker"]} for row in rows]
+    main(["split", "--input", str(write_lines(source, calls)), "--dev", str(dev), "--test", str(test)])
+    assert not {row["call"] for row in read_lines(dev)} & {row["call"] for row in read_lines(test)}
     write_lines(source, random.Random(0).sample(rows, len(rows)))
     main(["split", "--input", str(source), "--dev", str(dev), "--test", str(test)])
     assert {row["key"] for row in read_lines(dev)} == {row["key"] for row in first}, "whatever the order of the file"
@@ -678,6 +684,21 @@ def test_validate_reads_every_header_and_decodes_what_it_is_told_to(tmp_path, co
             main(["validate", "--input", str(train), *options])
 
 
+def test_validate_decodes_a_sample_unasked(tmp_path, corpus):
+    row = converted(tmp_path, corpus[:1], "--do_upsample")[0]
+    Path(path_of(row)).write_bytes(Path(path_of(row)).read_bytes()[:20_000])
+    with pytest.raises(UserError, match="1 problems.*damaged"):
+        main(["validate", "--input", str(tmp_path / "out/train_formatted.jsonl")])
+
+
+@pytest.mark.parametrize("shared", ["call", "wideband_source"])
+def test_validate_finds_a_call_and_a_recording_before_the_channel_in_two_sets(tmp_path, corpus, shared):
+    for name, row in (("train", corpus[0]), ("dev", corpus[1])):
+        converted(tmp_path, [row | {shared: "/x"}], "--do_upsample", name=name)
+    with pytest.raises(UserError, match="1 problems.*'/x' is in train too"):
+        main(["validate", "--input", *(str(tmp_path / f"out/{name}_formatted.jsonl") for name in ("train", "dev"))])
+
+
 def test_validate_finds_a_recording_that_two_corpora_share(tmp_path, corpus):
     row = converted(tmp_path, corpus[:1], "--do_upsample")[0]
     for name in ("one/train.jsonl", "two/test.jsonl"):
@@ -706,7 +727,7 @@ def test_the_report_adds_up_and_says_when_it_does_not(tmp_path, corpus):
     main(words)
     report = (tmp_path / "data/STAGE0_COMPLETION_REPORT.md").read_text()
     assert "| real_8k_telephone/train | 7 | 6 | 1 | 14.3% | 0.00 | 7 | 0 | 2 |" in report, "two texts are dev's too"
-    assert "| bad_json | 1 |" in report
+    assert "| bad_json | 1 |" in report and "dev and test are\nnever cut by them" in report
     assert f"| {output} | {data}/rejected_train.jsonl |" in report
     assert (tmp_path / "data/stage0_histograms.png").stat().st_size > 10_000
     write_lines(source, [*corpus, "no json", "one more"])
@@ -715,16 +736,27 @@ def test_the_report_adds_up_and_says_when_it_does_not(tmp_path, corpus):
 
 
 @pytest.mark.parametrize(("offered", "count"), [("wideband", "2 telephone"), ("telephone", "1 wideband")])
-def test_the_report_counts_audio_of_another_band_than_offered(tmp_path, corpus, offered, count):
+def test_the_report_counts_audio_of_another_band_than_offered(tmp_path, corpus, caplog, offered, count):
     soundfile.write(tmp_path / "wide.wav", murmur(2.0, 16000), 16000)
     soundfile.write(tmp_path / "upsampled.wav", resample(murmur(2.0, 8000, 7), 8000, 16000), 16000)
     rows = [corpus[0] | {"key": name, "source": f"{name}.wav"} for name in ("u0", "wide", "upsampled")]
     filtered(tmp_path, rows, "--expect_band", offered)
+    assert f"{count.split()[0]} of 3 rows offered as {offered} are not" in caplog.text
     output = tmp_path / "data/c/train_formatted.jsonl"
     main(["convert", "--input", str(tmp_path / "train.jsonl"), "--output", str(output), "--do_upsample"])
     main(["stats", "--data_dir", str(tmp_path / "data")])
     report = (tmp_path / "data/STAGE0_COMPLETION_REPORT.md").read_text()
     assert f"| c/train | 3 | 3 | 0 | 0.0% | 0.00 | not counted | {count} | 0 |" in report
+
+
+def test_hours_disk_and_time_of_the_whole_are_told_by_a_sample(tmp_path, corpus, capsys):
+    source, data = write_lines(tmp_path / "in.jsonl", corpus), tmp_path / "data/simulated_8k_telephone"
+    output, whole = data / "train_formatted.jsonl", write_lines(tmp_path / "whole.jsonl", many(corpus, 6000))
+    main(["convert", "--input", str(source), "--output", str(output), "--do_upsample"])
+    main(["stats", "--data_dir", str(tmp_path / "data"), "--estimate", "6", "--source", f"{data.name}/train={whole}"])
+    size = 1000 * sum(path.stat().st_size for path in data.rglob("*.flac")) / 1e9
+    told = f"{whole}: about 6000 utterances, 3.3 hours, {size:.2f} GB, 1.67 core-hours of simulation"
+    assert told in capsys.readouterr().out, "12 s of sample took 6 s"
 
 
 def test_the_report_shows_the_ten_that_are_furthest_from_the_limit(tmp_path, corpus):
