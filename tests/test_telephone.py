@@ -590,6 +590,15 @@ def test_every_channel_keeps_length_and_time_and_is_never_silent(part, tmp_path)
             assert abs(delay(*(np.convolve(x, band, "same") for x in (talk, heard)))) <= 16, plan
 
 
+def test_a_recorder_in_g726_leaves_a_quiet_line_its_idle_noise():
+    recorded = load_config(CONF, "no_noise") | {"recorder.codec": {"g726": 1}}
+    for rate, share in ((rate, {rate: 1}) for rate in ("24", "32", "40")):
+        for i in range(4):
+            plan = draw(recorded | {"hop1.g726_kbps": share}, 0, f"k{i}")
+            heard = apply(plan, np.concatenate([speech(1), np.zeros(16000, np.float32)]), 16000, 8000)
+            assert np.all(heard[9600:].reshape(-1, 160).std(axis=1) > 0), (rate, plan)
+
+
 def test_wideband_leg_and_every_codec_in_every_hop():
     talk = speech(2)
     uncoded = call(draw(CLEAN, 0, "x"), talk, 16000, 8000)

@@ -144,7 +144,9 @@ def draw(config: dict[str, Any], seed: int, key: str, epoch: int | None = None) 
             codec = "g711_ulaw" if law == "ulaw" else "g711_alaw"
         plan[hop] = {"codec": codec}
         if codec in KBPS:
-            plan[hop]["kbps"] = float(value(KBPS[codec]))
+            kbps = float(value(KBPS[codec]))
+            # At 24 kbit/s G.726 makes digital silence of a quiet line's idle noise; after hop 1 the line adds its own.
+            plan[hop]["kbps"] = max(kbps, 32.0) if (hop, codec) == ("recorder", "g726") else kbps
         if codec == "amr_nb":
             plan[hop]["dtx"] = value("hop1.amr_dtx_probability")
     if "hop1" in plan and value("packet_loss.probability"):
