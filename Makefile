@@ -28,7 +28,8 @@ PYTEST = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV) -m pytest -n auto --max
 unexport PYTHON
 .DEFAULT_GOAL := help
 .PHONY: help setup wheels doctor model plan stage0 stage1 stage2 stage3 stage4 stage5 all status demo test test-full lint \
-  clean bench transcribe tensorboard ablation ablation-fs check-full-size traps listen
+  clean bench transcribe tensorboard ablation ablation-fs check-full-size traps listen \
+  test-deepspeed
 
 help:  ## this list
 	@sed -n 's/^\([a-z0-9 -]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -84,6 +85,9 @@ test: setup  ## the quick tests, under ten minutes
 
 test-full: setup  ## all tests
 	@$(PYTEST)
+
+test-deepspeed: setup  ## the tests of use_deepspeed, skipped by the others; puts DeepSpeed into .venv
+	@.venv/bin/pip install -q "deepspeed>=0.18,<1" && $(PYTEST) -k deepspeed tests/test_distributed.py
 
 check-full-size: setup  ## one step of each stage at the real model's size, random weights, on CPU: minutes, 24 GiB
 	@$(VENV) bench/full_size.py --work "$(EXP_OUTPUT)/full_size"

@@ -34,6 +34,11 @@ from nano.train_log import read_log
 
 FRAME_BYTES = 560 * 4 / 6  # of features, a 10 ms frame: LFR joins seven frames of 80 numbers, every sixth time
 LOSS_TARGET = 0.3  # the plan's: reported, no reason to fail
+# DeepSpeed's names for what a stage's YAML says (batch_size, accum_grad, grad_clip, optim, scheduler, use_bf16).
+OF_THE_YAML = {
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+    "optimizer", "scheduler", "amp", "fp16", "bf16", "torch_autocast",
+}  # fmt: skip
 ONE_EPOCH = 1.1  # the first logged steps of a single epoch have other rows than the rest: a rise below this may be that
 
 
@@ -89,8 +94,18 @@ def check_processes(train: dict[str, Any], path: Path) -> None:
         return
     if not find_spec("deepspeed"):
         raise UserError(f"{path}: use_deepspeed, but deepspeed is not installed; .venv/bin/pip install deepspeed")
-    if not Path(settings := train.get("deepspeed_config") or "").is_file():
-        raise UserError(f"{path}: train_conf.deepspeed_config '{settings}' does not exist; give DeepSpeed's JSON")
+    settings = Path(train.get("deepspeed_config") or "")
+    try:
+        given = json.loads(settings.read_text(encoding="utf-8"))
+        stage = given.get("zero_optimization", {}).get("stage", 0)
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: train_conf.deepspeed_config '{settings}' cannot be read, or is not DeepSpeed's JSON; "
+                        "conf/deepspeed.json is an example", code=2) from error  # fmt: skip
+    if twice := sorted(OF_THE_YAML & given.keys()):
+        raise UserError(f"{settings}: {', '.join(twice)}: what the stage's YAML says; leave it out here", code=2)
+    if stage not in (0, 1, 2):
+        raise UserError(f"{settings}: zero_optimization.stage {stage!r}: want 0, 1 or 2; checkpoints of 3 hold no "
+                        "whole weights to average", code=2)  # fmt: skip
 
 
 def check_checkpoint(model: torch.nn.Module, path: Path, config: dict[str, Any]) -> None:
@@ -187,8 +202,8 @@ def check_room(model: torch.nn.Module, config: dict[str, Any], output_dir: Path,
 
     train, dataset = config["train_conf"], config["dataset_conf"]
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    need = weights.checkpoint_bytes(model, train.get("keep_nbest_models", 500))
-    need -= sum(file.stat().st_size for file in output_dir.glob("model.pt.ep*"))
+    need = weights.checkpoint_bytes(model, train.get("keep_nbest_models", 500), train.get("use_deepspeed", False))
+    need -= sum(file.stat().st_size for file in [*output_dir.glob("model.pt.ep*"), *output_dir.glob("model.pt.ep*/*")])
     folder = next(parent for parent in (output_dir, *output_dir.absolute().parents) if parent.exists())
     if (free := shutil.disk_usage(folder).free) < need:
         raise UserError(f"{folder}: {free / 2**30:.1f} GiB free, the checkpoints take {need / 2**30:.1f}; lower "
@@ -229,7 +244,7 @@ def check_tensors(folder: Path, initial: Path) -> dict[str, Any]:
     """Frozen tensors are the initial checkpoint's, each trained module moved, all of them are saved."""
     averaged = torch.load(folder / "averaged.pt", map_location="cpu", mmap=True)
     # Of one checkpoint, not of the mean: a mean of equal numbers is not always that number.
-    best = weights.read_trained(folder / averaged["averaged"][0])
+    best = weights.read_checkpoint(folder / averaged["averaged"][0])["state_dict"]
     start, _lora = weights.load(initial)
     digests = json.loads((folder / "start.json").read_text(encoding="utf-8"))
     for name, state in (("averaged.pt", averaged["state_dict"]), (averaged["averaged"][0], best)):

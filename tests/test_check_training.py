@@ -282,12 +282,21 @@ def test_more_processes_than_gpus_are_refused(refused, monkeypatch):
     assert "NGPU is 4, and torch sees 2 here" in refused()[0]
 
 
-def test_deepspeed_is_asked_for_before_the_data_are_read(refused, monkeypatch):
-    overlay = {"train_conf": {"use_deepspeed": True, "deepspeed_config": "/nowhere.json"}}
+def test_deepspeed_and_its_settings_are_looked_at_before_the_data_are_read(refused, monkeypatch, tmp_path):
+    settings = tmp_path / "deepspeed.json"
+    overlay = {"train_conf": {"use_deepspeed": True, "deepspeed_config": str(settings)}}
     monkeypatch.setattr("check_training.find_spec", lambda name: None)
     assert "deepspeed is not installed" in refused(overlay=overlay)[0]
     monkeypatch.setattr("check_training.find_spec", lambda name: True)
-    assert "deepspeed_config '/nowhere.json' does not exist" in refused(overlay=overlay)[0]
+    said = f"deepspeed_config '{settings}' cannot be read"
+    assert said in refused(overlay=overlay)[0]
+    for content, expected in {
+        "{": said, "[]": said, '{"zero_optimization": 1}': said,
+        '{"gradient_clipping": 1.0, "bf16": {"enabled": true}}': "bf16, gradient_clipping: what the stage's YAML says",
+        '{"zero_optimization": {"stage": 3}}': "zero_optimization.stage 3: want 0, 1 or 2",
+    }.items():  # fmt: skip
+        settings.write_text(content)
+        assert expected in refused(overlay=overlay)[0]
 
 
 def test_where_the_gpu_takes_smaller_batches_validation_does_too_and_full_memory_is_one_line(

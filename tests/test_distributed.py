@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ import yaml
 from common import write_jsonl
 from mini import QUICK, ROOT, SMALL, arguments, curves, formatted, make_model, make_rows
 from miniature import build_folder
+from nano.train_log import read_log
 
 ALPHABET = "一二三四五六七八九零"
 STAGES = {
@@ -42,6 +45,29 @@ def hashing(self, *args, **kwargs):
     save(self, *args, **kwargs)
 
 Trainer.save_checkpoint = hashing
+run(train.main)
+"""
+
+# local/train.py, which ends its own process before it gives the file or folder KILL its name; bf16 where BF16 is set.
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, "local")
+import train
+from common import run
+
+replace, build_config = os.replace, train.build_config
+
+def killing(source, target):
+    if os.path.basename(target) == os.environ["KILL"]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+def in_bf16(args):
+    config = build_config(args)
+    config["train_conf"]["use_bf16"] = "BF16" in os.environ
+    return config
+
+os.replace, train.build_config = killing, in_bf16
 run(train.main)
 """
 
@@ -143,34 +169,93 @@ def test_each_stage_trains_on_two_processes_of_one_machine(trained):
         assert "train, rank: 0" in log and "train, rank: 1" in log
 
 
+def torchrun(args: Namespace, script: str, **environment: str) -> subprocess.CompletedProcess:
+    """The script on two processes of this machine, with the command line of local/train.py."""
+    args.output_dir.mkdir(exist_ok=True)
+    (args.output_dir / "script.py").write_text(script)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(),
+               args.output_dir / "script.py"]  # fmt: skip
+    for name, value in vars(args).items():
+        command += [f"--{name}", *(value if name == "overlay" else [value])]
+    return subprocess.run(list(map(str, command)), cwd=ROOT, env=os.environ | environment, capture_output=True,
+                          text=True, check=False, timeout=300)  # fmt: skip
+
+
 def test_processes_keep_equal_weights_where_an_epoch_ends_inside_an_accumulation_of_gradients(tmp_path):
     overlay = {**QUICK, "train_conf": {**QUICK["train_conf"], "accum_grad": 2}}  # of three batches of two rows each
     overlay["dataset_conf"] = {**QUICK["dataset_conf"], "batch_size": 2}
-    args = vars(arguments(tmp_path, make_model(tmp_path / "model"), make_rows(tmp_path), overlay=overlay))
-    (tmp_path / "hashing.py").write_text(HASHING)
-    flags = [part for name, value in args.items() for part in (f"--{name}", *(value if name == "overlay" else [value]))]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(),
-               tmp_path / "hashing.py", *flags]  # fmt: skip
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    args = arguments(tmp_path, make_model(tmp_path / "model"), make_rows(tmp_path), overlay=overlay)
+    done = torchrun(args, HASHING)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, other = ((args["output_dir"] / f"hashes.{rank}").read_text().split() for rank in (0, 1))
+    one, other = ((args.output_dir / f"hashes.{rank}").read_text().split() for rank in (0, 1))
     assert one == other and len(set(one)) == 3
+
+
+@pytest.fixture(scope="module")
+def with_deepspeed(tmp_path_factory) -> Callable:
+    """with_deepspeed("name", KILL="") -> averaged.pt's tensors and the folder of a training without chance.
+
+    An epoch is three batches for each process, two of them and then one a step.
+    """
+    pytest.importorskip("deepspeed")
+    folder = tmp_path_factory.mktemp("deepspeed")
+    model, rows = make_model(folder / "model"), make_rows(folder)
+
+    def train(name: str, deepspeed: bool = True, ends: int = 0, **environment: str) -> tuple[dict, Path]:
+        conf = {**QUICK["train_conf"], "accum_grad": 2, "grad_clip": 0.5, "use_deepspeed": deepspeed, "log_interval": 1,
+                "deepspeed_config": str(ROOT / "conf/deepspeed.json")}  # fmt: skip
+        still = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
+        overlay = {**QUICK, "train_conf": conf, "specaug": None, "audio_encoder_conf": still,
+                   "dataset_conf": {**QUICK["dataset_conf"], "batch_size": 2}}  # fmt: skip
+        args = arguments(folder / name, model, rows, overlay=overlay)
+        done = torchrun(args, KILLED, **{"KILL": ""} | environment)
+        assert done.returncode == ends, done.stderr[-3000:]
+        (args.output_dir / "train.log").write_text(done.stderr)
+        averaged = args.output_dir / "averaged.pt"
+        return torch.load(averaged)["state_dict"] if averaged.exists() else {}, args.output_dir
+
+    return train
+
+
+def test_deepspeed_takes_the_steps_of_ddp(with_deepspeed):
+    (expected, _), (averaged, folder) = with_deepspeed("ddp", deepspeed=False), with_deepspeed("whole")
+    start = torch.load(folder.parents[1] / "model/model.pt")
+    for name, tensor in averaged.items():  # not number by number: AdamW makes a gradient's rounding a whole step
+        assert (tensor - expected[name]).norm() <= 0.05 * (expected[name] - start[name]).norm(), name
+    settings = json.loads((folder / "deepspeed.json").read_text())
+    assert settings == json.loads((ROOT / "conf/deepspeed.json").read_text()) | {
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2, "gradient_clipping": 0.5,
+        "torch_autocast": {"enabled": False, "dtype": "bfloat16"},
+    }  # fmt: skip
+    assert sorted(path.name for path in folder.glob("*model.pt*")) == ["model.pt", "model.pt.ep2", "model.pt.ep3"]
+
+
+def test_deepspeed_killed_in_a_save_goes_on_from_the_checkpoint_before(with_deepspeed):
+    expected, _ = with_deepspeed("uninterrupted")
+    _, folder = with_deepspeed("killed", KILL="model.pt.ep2", ends=1)
+    assert (folder / ".model.pt.ep2.tmp").is_dir() and (folder / "model.pt").readlink() == Path("model.pt.ep1")
+    averaged, _ = with_deepspeed("killed")
+    assert [row["epoch"] for row in read_log(folder / "train.log") if row["tag"] == "train"] == [1, 1, 1, 2, 2, 2]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in averaged.items())
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_deepspeed_trains_in_bf16_where_the_yaml_says_so(with_deepspeed):
+    folders = with_deepspeed("in fp32")[1], with_deepspeed("in bf16", BF16="")[1]
+    fp32, bf16 = ([row["loss"] for row in read_log(folder / "train.log")] for folder in folders)
+    assert fp32 != bf16 and fp32 == pytest.approx(bf16, rel=0.02)
 
 
 def test_a_stage_trains_with_deepspeed_and_passes_the_same_checks(tmp_path):
     pytest.importorskip("deepspeed")
     experiment = prepare(tmp_path)
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
-    (tmp_path / "deepspeed.json").write_text(json.dumps(settings))
     overlay = tmp_path / "overlays/stage3_lora_domain.yaml"
     conf = yaml.safe_load(overlay.read_text())
-    conf["train_conf"] |= {"use_deepspeed": True, "deepspeed_config": str(tmp_path / "deepspeed.json")}
+    conf["train_conf"] |= {"use_deepspeed": True, "deepspeed_config": "conf/deepspeed.json"}
     overlay.write_text(yaml.safe_dump(conf))
     start_from = {"init_checkpoint": tmp_path / "model folder/model.pt"}
     finish(start(experiment, "3", ngpu=2, master_port=free_port(), **start_from))
-    folder = experiment / "exp/exp/8k_telephone/stage3_lora_domain"
-    check_stage(folder, {"lora"})
-    assert len(list(folder.glob("model.pt.ep*"))) <= 3
+    check_stage(experiment / "exp/exp/8k_telephone/stage3_lora_domain", {"lora"})
 
 
 def test_tensorboard_shows_the_losses_of_every_stage(trained):

@@ -122,7 +122,7 @@ echo "output of $1"
 """
 
 
-@pytest.mark.parametrize("failing", ["", "lint", "test-full", "demo"])
+@pytest.mark.parametrize("failing", ["", "lint", "test-full", "demo", "test-deepspeed"])
 def test_ci_runs_lint_all_tests_and_the_demo_and_fails_where_one_fails(tmp_path, failing):
     for name, text in (("make", CI_MAKE), ("id", "#!/bin/bash\necho 1000\n")):  # nobody who may install packages
         (tmp_path / name).write_text(text)
@@ -130,6 +130,6 @@ def test_ci_runs_lint_all_tests_and_the_demo_and_fails_where_one_fails(tmp_path,
     calls = tmp_path / "calls"
     environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls), "FAILING": failing}
     done = subprocess.run([ROOT / ".ci/run"], env=environment, capture_output=True, text=True, check=False)
-    assert calls.read_text() == "make lint\nmake test-full\nmake demo\n"
+    assert calls.read_text() == "make lint\nmake test-full\nmake demo\nmake test-deepspeed\n"
     assert (done.returncode, done.stderr) == ((1, f"ci: failed: {failing}\n") if failing else (0, ""))
     assert done.stdout.count(f"output of {failing}\n") == (2 if failing else 0), "again at the end, where one looks"

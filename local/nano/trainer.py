@@ -8,7 +8,8 @@ Set as `funasr.bin.train_ds.Trainer` by local/train.py. What differs from funasr
   * the loss of an epoch is that of all its steps, those before a resume too; its last step is logged;
   * the dataset is told the epoch before its workers start: a channel drawn online depends on it;
   * dataset_conf.batch_size is made to fit the GPU's memory;
-  * the last batches of an epoch, fewer than accum_grad, still make a step, but with DeepSpeed; upstream forgets them;
+  * the last batches of an epoch, fewer than accum_grad, still make a step; upstream forgets them;
+  * DeepSpeed goes by the stage's YAML: without a word in its own settings it clips nothing and turns bf16 off;
   * early stopping counts on after a resume, from what the checkpoint says; upstream starts anew;
   * the average of the best checkpoints takes frozen tensors from the initial checkpoint: averaging rounds them;
   * it counts how often each row was used in an epoch, and run.json says so ("rows_used").
@@ -35,7 +36,6 @@ from nano.batch_size import fit
 RANKING = ("saved_ckpts", "val_acc_step_or_epoch", "val_loss_step_or_epoch", "avg_keep_nbest_models_type",
            "batch_total")  # fmt: skip
 OURS = ("best_val_loss", "epochs_no_improve", "rows_used", "batch_tokens")  # what upstream's checkpoint does not have
-BESIDE = "ours.pt"  # which has it in a checkpoint of DeepSpeed, a folder
 
 
 class Trainer(stock.Trainer):
@@ -83,16 +83,29 @@ class Trainer(stock.Trainer):
             return torch.nn.parallel.DistributedDataParallel(model)
         return super().warp_model(model, **kwargs)
 
+    def warp_optim_scheduler(self, model: torch.nn.Module, **kwargs: Any) -> tuple[Any, Any, Any]:
+        """Model, optimiser and scheduler; DeepSpeed's settings are its file's and, in deepspeed.json, the YAML's."""
+        if self.use_deepspeed:
+            settings = json.loads(Path(self.deepspeed_config).read_text(encoding="utf-8")) | {
+                "train_micro_batch_size_per_gpu": 1,  # it has to be said, and nothing goes by it
+                "gradient_accumulation_steps": self.accum_grad, "gradient_clipping": self.grad_clip,
+                "torch_autocast": {"enabled": self.use_bf16, "dtype": "bfloat16"},
+            }  # fmt: skip
+            self.deepspeed_config = str(self.folder / "deepspeed.json")
+            if self.rank == 0:
+                write_json(self.deepspeed_config, settings)
+            stock.dist.barrier()
+        return super().warp_optim_scheduler(model, **kwargs)
+
     def resume_checkpoint(self, **kwargs: Any) -> None:
         """Go on from model.pt, early stopping and rows used too; remove what a kill in the middle of a save left."""
         if self.rank == 0:
             for torn in self.folder.glob(".*.tmp"):
-                torn.unlink()
+                remove(torn)
         super().resume_checkpoint(**kwargs)
         path = self.folder / "model.pt"
-        path = path / BESIDE if path.is_dir() else path
-        if self.resume and path.is_file():
-            saved = torch.load(path, map_location="cpu", mmap=True)
+        if self.resume and path.exists():
+            saved = weights.read_checkpoint(path)
             if self.start_step and saved["processes"] != self.world_size:
                 # Steps are skipped, and a step is as many rows as there are processes.
                 raise UserError(f"{path} is of {saved['processes']} processes in the middle of an epoch, here are "
@@ -150,7 +163,10 @@ class Trainer(stock.Trainer):
 
     def forward_step(self, model, batch, loss_dict=None) -> None:
         """One batch forward; in training, note its rows."""
-        if torch.is_grad_enabled() and self.use_ddp and self._ends_epoch(loss_dict):
+        if torch.is_grad_enabled() and self.use_deepspeed:
+            whole = (loss_dict["batch_idx"] + 1) % self.accum_grad == 0
+            model.set_gradient_accumulation_boundary(whole or self._ends_epoch(loss_dict))
+        elif torch.is_grad_enabled() and self.use_ddp and self._ends_epoch(loss_dict):
             model.require_backward_grad_sync = True  # although upstream goes on accumulating
         super().forward_step(model, batch, loss_dict)
         if torch.is_grad_enabled():
@@ -210,33 +226,37 @@ class Trainer(stock.Trainer):
         row_uses = self._uses_of_all_processes()
         inside = step_in_epoch if step is not None else None
         name = f"model.pt.ep{epoch}" if inside is None else f"model.pt.ep{epoch}.{inside}"
-        ours = {"row_uses": row_uses, "processes": self.world_size, **{field: getattr(self, field) for field in OURS}}
+        loss, accuracy = (0.0, 0.0) if inside is None else self._epoch_means(step)
+        discard = self._rank_checkpoint(name) if self.rank == 0 else []
+        state = {
+            "epoch": epoch, "step": inside, "step_in_epoch": inside, "train_loss_avg": loss, "train_acc_avg": accuracy,
+            "row_uses": row_uses, "processes": self.world_size,
+            **{field: getattr(self, field) for field in (*OURS, *RANKING)},
+        }  # fmt: skip
         if self.use_deepspeed:
-            super().save_checkpoint(epoch, inside, model, optim, scheduler, scaler, step_in_epoch, **kwargs)
-            if self.rank == 0:
-                weights.save_atomically(ours, self.folder / "model.pt" / BESIDE)
-                for old in {path.name for path in self.folder.glob("model.pt.ep*")} - {*self.saved_ckpts, name}:
-                    shutil.rmtree(self.folder / old)
-            return
+            # A folder in which each process writes its part of the optimiser, the first the model and `state`.
+            model.save_checkpoint(self.output_dir, f".{name}.tmp", state, save_latest=False)
+            stock.dist.barrier()
         if self.rank == 0:
-            loss, accuracy = (0.0, 0.0) if inside is None else self._epoch_means(step)
-            discard = self._rank_checkpoint(name)
-            state = {
-                "epoch": epoch, "step": inside, "step_in_epoch": inside, "train_loss_avg": loss,
-                "train_acc_avg": accuracy, "optimizer": optim.state_dict(), "scheduler": scheduler.state_dict(),
-                "state_dict": (model.module if hasattr(model, "module") else model).state_dict(), **ours,
-                **{field: getattr(self, field) for field in RANKING},
-            } | ({"scaler_state": scaler.state_dict()} if scaler else {})
-            weights.save_atomically(state, self.folder / name)
             # model.pt, by which a resume goes, is a second name of the newest.
             link = self.folder / ".model.pt.link"
             link.unlink(missing_ok=True)
-            os.link(self.folder / name, link)
+            if self.use_deepspeed:
+                remove(self.folder / name)
+                os.replace(self.folder / f".{name}.tmp", self.folder / name)
+                link.symlink_to(name)
+            else:
+                state |= {
+                    "optimizer": optim.state_dict(), "scheduler": scheduler.state_dict(),
+                    "state_dict": (model.module if hasattr(model, "module") else model).state_dict(),
+                } | ({"scaler_state": scaler.state_dict()} if scaler else {})  # fmt: skip
+                weights.save_atomically(state, self.folder / name)
+                os.link(self.folder / name, link)
             os.replace(link, self.folder / "model.pt")
             for old in discard:
-                (self.folder / old).unlink(missing_ok=True)
+                remove(self.folder / old)
             logging.info("Checkpoint saved to %s", self.folder / name)
-        if self.use_ddp:
+        if self.use_ddp or self.use_deepspeed:
             stock.dist.barrier()
 
     def _rank_checkpoint(self, name: str) -> list[str]:
@@ -269,6 +289,13 @@ class Trainer(stock.Trainer):
             stock.dist.barrier()
             time.sleep(1)
         super().close(self.writer)  # upstream's main() gives none, and the last curves wait in memory
+
+
+def remove(path: Path) -> None:
+    """A checkpoint, where there is one: a file, or DeepSpeed's folder."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def count_parameters(model: torch.nn.Module) -> dict[str, dict[str, int]]:

@@ -100,7 +100,7 @@ def average(checkpoints: list[Path], trainable: set[str], initial: Path) -> Stat
     if not checkpoints:
         raise UserError("no checkpoint to average: the loss of the dev list was not finite, or every model.pt.ep* was "
                         "deleted; see the log, then redo the stage with --force true")  # fmt: skip
-    states = [read_trained(path) for path in checkpoints]
+    states = [read_checkpoint(path)["state_dict"] for path in checkpoints]
     start, _lora = load(initial)
     averaged = {}
     for name, last in states[-1].items():
@@ -109,10 +109,13 @@ def average(checkpoints: list[Path], trainable: set[str], initial: Path) -> Stat
     return averaged
 
 
-def read_trained(path: Path) -> State:
-    """The tensors of a checkpoint that training saved; DeepSpeed's is a folder."""
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint that training saved; of DeepSpeed's, a folder, all but the optimiser."""
     file = path / "mp_rank_00_model_states.pt" if path.is_dir() else path
-    return torch.load(file, map_location="cpu", mmap=True)["state_dict"]
+    checkpoint = torch.load(file, map_location="cpu", mmap=True)
+    if path.is_dir():
+        checkpoint["state_dict"] = checkpoint["module"]
+    return checkpoint
 
 
 def trainable_names(model: torch.nn.Module) -> set[str]:
@@ -133,12 +136,12 @@ def misfits(model: torch.nn.Module, state: State) -> tuple[list[str], list[str]]
     return sorted(missing), sorted(misshapen)
 
 
-def checkpoint_bytes(model: torch.nn.Module, kept: int) -> int:
+def checkpoint_bytes(model: torch.nn.Module, kept: int, deepspeed: bool = False) -> int:
     """Bytes that a training's checkpoints take at most, when it keeps that many of the best."""
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    # With AdamW's two moments; beside the best: the newest, the one being written, averaged.pt.
-    return (size + 8 * trained) * (kept + 2) + size
+    # With AdamW's two moments, and ZeRO's copy; beside the best: the newest, the one being written, averaged.pt.
+    return (size + (12 if deepspeed else 8) * trained) * (kept + 2) + size
 
 
 def digest(tensor: torch.Tensor) -> str:
