@@ -87,10 +87,12 @@ def copy_configuration(source: Path, target: Path, frontend_fs: int, itn: bool) 
     licences = {path.name for path in source.glob("LICEN[CS]E*")}
     names = {*flat_items(named).values(), *licences, "configuration.json"} - {"model.pt", "config.yaml"}
     for name in sorted(names):
-        if (source / name).is_dir():
-            shutil.copytree(source / name, target / name)
-        elif (source / name).is_file():
-            shutil.copy2(source / name, target / name)
+        # One by one: copytree says of a full disk only that something could not be copied.
+        for path in [source / name, *(source / name).rglob("*")]:
+            if path.is_file():
+                copy = target / path.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, copy)
     # FunASR's default dither is noise in the features; training, decoding and scoring had none.
     config["frontend_conf"] |= {"fs": frontend_fs, "dither": 0.0}
     config["itn"] = itn  # AutoModel hands it to generate(); without it every model gets the prompt for written text

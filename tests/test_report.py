@@ -240,6 +240,16 @@ print("TEXT", texts[0])
     assert done.returncode == 0 and re.search(r"TEXT \S", done.stdout), done.stderr
 
 
+def test_an_export_that_finds_no_space_left_is_one_line_and_leaves_nothing(experiment, tmp_path, disk):
+    model_dir = build_folder(tmp_path / "base", "甲乙", {"encoder_dim": 64, "encoder_blocks": 1})
+    folder = disk("size=1m")
+    (model_dir / "Qwen3-0.6B" / "merges.txt").write_bytes(bytes(2**20))
+    done = helper_here(final_model.main, "export", "--model_dir", model_dir, "--checkpoint", model_dir / "model.pt",
+                       "--summary", experiment[0] / "eval" / "summary.json", "--output", folder / "final_model")
+    assert done.returncode == 1 and done.stderr.startswith("error: No space left") and done.stderr.count("\n") == 1
+    assert not list(folder.iterdir())
+
+
 def test_a_checkpoint_of_another_model_is_not_exported(experiment, tmp_path):
     model_dir = build_folder(tmp_path / "base", "甲乙", {"encoder_dim": 64, "encoder_blocks": 1})
     torch.save({"state_dict": {"a": torch.ones(1)}, "lora": None}, tmp_path / "x.pt")
