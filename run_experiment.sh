@@ -178,7 +178,7 @@ stage_4() {
   STEPS=("$EXP"/{"${NAMES[1]}","${NAMES[2]}","${NAMES[3]}"}/averaged.pt)
   for N in 1 2 3; do needs "$N" "${STEPS[N - 1]}"; done
   TITLE="base, stages 1-3, dev and test sets -> final model, transcripts, $EVAL/summary.json"
-  READS=("$MODEL_DIR/model.pt" "${STEPS[@]}" "${TEST_DATA[@]}" conf/decode.yaml "$KEYWORDS")
+  READS=("$MODEL_DIR"/{config.yaml,model.pt} "${STEPS[@]}" "${TEST_DATA[@]}" conf/decode.yaml "$KEYWORDS")
   SETTINGS=(ALPHAS MAX_WIDEBAND_LOSS FRONTEND_FS) LOG=$EXP_OUTPUT/logs/stage4.log
   WRITES=("$EVAL/checkpoints/final.pt" "$EVAL/summary.json" "$EVAL/interpolation.json") FOLDERS=("$EVAL")
   run_stage 4 evaluate

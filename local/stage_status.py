@@ -10,7 +10,7 @@ start, and again after its failure or when its outputs are there: a killed stage
 
 `check` exits 0: nothing to do; 3: run it (first time, go on, or in place); 4: redo it from new inputs, the old
 work moved aside first; 1: that would replace work, and neither --force true nor leave was given; 2: a stage of
---after, whose work this one reads, is not done or was made from another checkpoint than the one that is there now.
+--after, whose work this one reads, is not done, or was made from another checkpoint or base model than there is now.
 """
 
 from __future__ import annotations
@@ -105,6 +105,11 @@ def read_marker(root: str, stage: int) -> dict[str, Any] | None:
         raise UserError(f"{marker_path(root, stage)} is damaged: {error}; delete it to run the stage again") from error
 
 
+def base_model(inputs: dict[str, str]) -> str | None:
+    """The weights of the model folder among a stage's inputs; not an INIT_CHECKPOINT of that name."""
+    return next((path for path in inputs if path.endswith("/model.pt") and path[:-8] + "config.yaml" in inputs), None)
+
+
 def check_parents(root: str, stage: int, parents: list[int], now: dict[str, str]) -> None:
     """The stages whose work a stage reads are done, and were made from the checkpoints that are there now.
 
@@ -117,6 +122,11 @@ def check_parents(root: str, stage: int, parents: list[int], now: dict[str, str]
         if marker["state"] != "done":
             raise UserError(f"stage {stage} reads the work of stage {parent}, which is not done ({marker['state']} "
                             f"{marker['time']}); finish it first: bash run_experiment.sh {parent}", code=2)  # fmt: skip
+        was, asked = base_model(marker["inputs"]), base_model(now)
+        if parent == 1 and was and asked and marker["inputs"][was] != now[asked]:
+            raise UserError(f"stage 1 began from {was}, and stage {stage} is to compare with {asked}; go back: bash "
+                            f"run_experiment.sh -1 --model {os.path.dirname(was)!r}; or train anew: bash "
+                            "run_experiment.sh 1 3 --force true", code=2)  # fmt: skip
         there = marker.get("root", here)  # the experiment may have been copied or renamed since
         for path, was in marker["inputs"].items():
             folder = Path(path).parent  # one that was moved aside ends in digits, its time

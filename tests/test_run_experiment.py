@@ -511,6 +511,20 @@ def test_stages_of_different_runs_are_not_mixed(recipe, tmp_path):
     assert recipe(5, force="true").returncode == 0, "a checkpoint that was read may be deleted to save disk"
 
 
+def test_a_model_is_not_compared_with_another_base_than_its_own(recipe, tmp_path):
+    assert recipe(-1, 3).returncode == 0
+    other = shutil.copytree(tmp_path / "base model", tmp_path / "other")
+    assert recipe(-1, model=other).returncode == 0
+    assert recipe(4, model=other).returncode == 0, "the same model in another place"
+    (other / "model.pt").write_text("other weights")
+    assert recipe(-1, model=other).returncode == 0
+    refused = recipe(4, model=other, force="true")
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+    assert f"stage 1 began from {tmp_path}/base model/model.pt" in refused.stderr
+    assert f"run_experiment.sh -1 --model '{tmp_path}/base model'" in refused.stderr
+    assert recipe(1, 4, model=other, force="true").returncode == 0
+
+
 def test_stages_of_different_runs_are_not_mixed_in_a_copy(recipe, tmp_path):
     assert recipe(-1, 2).returncode == 0
     shutil.copytree(recipe.exp, tmp_path / "copy")
