@@ -107,13 +107,14 @@ def describe(name: str, model_dir: Path, options: dict[str, str], lengths: list[
     rows = type("Lengths", (list,), {"get_source_len": list.__getitem__})(lengths)
     sampler = tables.batch_sampler_classes["BatchSampler"](rows, is_training=True, **dataset)["batch_sampler"]
     by_length, frames = batch_frames(dataset, max(lengths))
+    disk = checkpoint_bytes(model, train["keep_nbest_models"], train["use_deepspeed"])
     size = f"{dataset['batch_size']:,} {'frames and tokens' if by_length else 'rows'}"
     return {
         "trained parameters": ", ".join(f"{module} {count / 1e6:.2f} M" for module, count in trained.items() if count),
         "batches an epoch": f"{sum(1 for _ in sampler):,} of {size}",
         "epochs, at most": str(train["max_epoch"]),
         "GPU memory, estimated": f"{gpu_bytes(model, config, frames, max(lengths)) / 2**30:.1f} GiB",
-        "disk for checkpoints": f"{checkpoint_bytes(model, train['keep_nbest_models']) / 2**30:.2f} GiB",
+        "disk for checkpoints": f"{disk / 2**30:.2f} GiB",
     }, "full" if sum(p.numel() for p in model.parameters()) > 1e8 else "mini", train["max_epoch"]  # fmt: skip
 
 

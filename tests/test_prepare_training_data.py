@@ -735,6 +735,21 @@ def test_the_report_adds_up_and_says_when_it_does_not(tmp_path, corpus):
         main(words)
 
 
+def test_the_pictures_of_the_report_are_of_seconds_and_of_dbov(tmp_path, corpus):
+    paths = [path_of(row) for row in converted(tmp_path, corpus, "--do_upsample")]
+    drawn = {}
+
+    def hist(axes, values, **options):
+        drawn[axes] = sorted(values)
+
+    with mock.patch("matplotlib.axes.Axes.hist", hist), mock.patch("matplotlib.axes.Axes.legend"):
+        main(["stats", "--data_dir", str(tmp_path)])
+    lengths, levels = drawn.values()
+    assert lengths == pytest.approx(sorted(soundfile.info(path).duration for path in paths), abs=0.01)
+    rms = [np.sqrt(np.mean(soundfile.read(path)[0] ** 2)) for path in paths]
+    assert levels == pytest.approx(sorted(20 * np.log10(rms)), abs=0.01)
+
+
 @pytest.mark.parametrize(("offered", "count"), [("wideband", "2 telephone"), ("telephone", "1 wideband")])
 def test_the_report_counts_audio_of_another_band_than_offered(tmp_path, corpus, caplog, offered, count):
     soundfile.write(tmp_path / "wide.wav", murmur(2.0, 16000), 16000)
