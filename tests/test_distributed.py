@@ -169,12 +169,12 @@ def test_each_stage_trains_on_two_processes_of_one_machine(trained):
         assert "train, rank: 0" in log and "train, rank: 1" in log
 
 
-def torchrun(args: Namespace, script: str, **environment: str) -> subprocess.CompletedProcess:
-    """The script on two processes of this machine, with the command line of local/train.py."""
+def torchrun(args: Namespace, script: str, processes: int = 2, **environment: str) -> subprocess.CompletedProcess:
+    """The script on processes of this machine, with the command line of local/train.py."""
     args.output_dir.mkdir(exist_ok=True)
     (args.output_dir / "script.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(),
-               args.output_dir / "script.py"]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port",
+               free_port(), args.output_dir / "script.py"]  # fmt: skip
     for name, value in vars(args).items():
         command += [f"--{name}", *(value if name == "overlay" else [value])]
     return subprocess.run(list(map(str, command)), cwd=ROOT, env=os.environ | environment, capture_output=True,
@@ -201,14 +201,15 @@ def with_deepspeed(tmp_path_factory) -> Callable:
     folder = tmp_path_factory.mktemp("deepspeed")
     model, rows = make_model(folder / "model"), make_rows(folder)
 
-    def train(name: str, deepspeed: bool = True, ends: int = 0, **environment: str) -> tuple[dict, Path]:
+    def train(name: str, deepspeed: bool = True, ends: int = 0, processes: int = 2,
+              **environment: str) -> tuple[dict, Path]:  # fmt: skip
         conf = {**QUICK["train_conf"], "accum_grad": 2, "grad_clip": 0.5, "use_deepspeed": deepspeed, "log_interval": 1,
                 "deepspeed_config": str(ROOT / "conf/deepspeed.json")}  # fmt: skip
         still = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
         overlay = {**QUICK, "train_conf": conf, "specaug": None, "audio_encoder_conf": still,
                    "dataset_conf": {**QUICK["dataset_conf"], "batch_size": 2}}  # fmt: skip
         args = arguments(folder / name, model, rows, overlay=overlay)
-        done = torchrun(args, KILLED, **{"KILL": ""} | environment)
+        done = torchrun(args, KILLED, processes, **{"KILL": ""} | environment)
         assert done.returncode == ends, done.stderr[-3000:]
         (args.output_dir / "train.log").write_text(done.stderr)
         averaged = args.output_dir / "averaged.pt"
@@ -234,6 +235,8 @@ def test_deepspeed_killed_in_a_save_goes_on_from_the_checkpoint_before(with_deep
     expected, _ = with_deepspeed("uninterrupted")
     _, folder = with_deepspeed("killed", KILL="model.pt.ep2", ends=1)
     assert (folder / ".model.pt.ep2.tmp").is_dir() and (folder / "model.pt").readlink() == Path("model.pt.ep1")
+    with_deepspeed("killed", processes=1, ends=1)
+    assert "is of 2 processes, here are 1" in (folder / "train.log").read_text()
     averaged, _ = with_deepspeed("killed")
     assert [row["epoch"] for row in read_log(folder / "train.log") if row["tag"] == "train"] == [1, 1, 1, 2, 2, 2]
     assert all(torch.equal(tensor, expected[name]) for name, tensor in averaged.items())

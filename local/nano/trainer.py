@@ -102,14 +102,14 @@ class Trainer(stock.Trainer):
         if self.rank == 0:
             for torn in self.folder.glob(".*.tmp"):
                 remove(torn)
-        super().resume_checkpoint(**kwargs)
         path = self.folder / "model.pt"
-        if self.resume and path.exists():
-            saved = weights.read_checkpoint(path)
-            if self.start_step and saved["processes"] != self.world_size:
-                # Steps are skipped, and a step is as many rows as there are processes.
-                raise UserError(f"{path} is of {saved['processes']} processes in the middle of an epoch, here are "
-                                f"{self.world_size}; go on with as many GPUs as before")  # fmt: skip
+        saved = weights.read_checkpoint(path) if self.resume and path.exists() else None
+        # Steps that are skipped are of as many rows as there are processes, and ZeRO's optimiser is in as many parts.
+        if saved and (saved["step"] or self.use_deepspeed) and saved["processes"] != self.world_size:
+            raise UserError(f"{path} is of {saved['processes']} processes, here are {self.world_size}; "
+                            "go on with as many GPUs as before")  # fmt: skip
+        super().resume_checkpoint(**kwargs)
+        if saved:
             for field in OURS:
                 setattr(self, field, saved[field])
             # One that was deleted to save disk would be missed by the average alone, at the end of the training.
