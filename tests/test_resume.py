@@ -20,6 +20,7 @@ from common import write_jsonl
 from mini import ROOT, SMALL, formatted
 from miniature import build_folder
 from nano.train_log import read_log
+from nano.trainer import Trainer
 
 ALPHABET = "一二三四五六七八九零"
 WITNESS = '''
@@ -104,14 +105,13 @@ def corpus(tmp_path_factory) -> Path:
 
 
 class Training:
-    """Runs of local/train.py with stage 1's YAML into one folder, nothing random in them."""
+    """Runs of local/train.py with stage 1's YAML into one folder, with dropout and SpecAugment."""
 
     def __init__(self, corpus: Path, output: Path, **overlay):
         self.corpus, self.output = corpus, output
         self.notes, self.log = output.with_suffix(".notes"), output.with_suffix(".log")
-        never = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
         overlay = {
-            "specaug": None, "audio_encoder_conf": never, "scheduler_conf": {"warmup_steps": 4},
+            "scheduler_conf": {"warmup_steps": 4},
             "optim_conf": {"lr": 0.003}, "dataset_conf": {"batch_size": 700, "sort_size": 8, "num_workers": 0},
             "frontend_conf": {"dither": 0.0},
         } | overlay  # fmt: skip
@@ -181,6 +181,23 @@ def test_three_kills_leave_the_weights_and_the_loss_of_an_uninterrupted_training
     expected = whole.averaged()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in broken.averaged().items())
     assert len(list(broken.output.glob("model.pt.ep*"))) == len(list(whole.output.glob("model.pt.ep*"))) == 2
+
+
+def test_a_step_draws_from_seed_epoch_step_and_process(tmp_path):
+    def draw(rank: int = 0, seed: int = 0, epoch: int = 0, step: int = 0) -> float:
+        trainer, drawn = Trainer(output_dir=str(tmp_path), device="cpu", rank=rank), []
+        trainer.seed, trainer.row_uses = seed, torch.zeros(1, dtype=torch.int32)
+
+        def model(**batch):
+            drawn.append(torch.rand(1).item())
+            return torch.zeros(1), {}, 1
+
+        trainer.forward_step(model, {"item": [{"row": 0}]}, {"epoch": epoch, "log_step": step})
+        return drawn[0]
+
+    places = [{}, {"rank": 1}, {"seed": 1}, {"epoch": 1}, {"step": 1}]
+    drawn = [draw(**place) for place in places]
+    assert len(set(drawn)) == len(places) and drawn == [draw(**place) for place in places]
 
 
 @pytest.mark.full

@@ -6,6 +6,8 @@ Set as `funasr.bin.train_ds.Trainer` by local/train.py. What differs from funasr
     in place, and a torn model.pt is a traceback at every later start;
   * a checkpoint inside an epoch counts its steps from the epoch's start, so a second resume repeats no data;
   * the loss of an epoch is that of all its steps, those before a resume too; its last step is logged;
+  * dropout and SpecAugment of a step are drawn from seed, epoch, step and process: a resume draws what an uninterrupted
+    training would have; upstream's repeats the first epoch's, and its processes all draw the same;
   * the dataset is told the epoch before its workers start: a channel drawn online depends on it;
   * dataset_conf.batch_size is made to fit the GPU's memory;
   * the last batches of an epoch, fewer than accum_grad, still make a step; upstream forgets them;
@@ -26,6 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from funasr.train_utils import trainer_ds as stock
 
@@ -69,7 +72,8 @@ class Trainer(stock.Trainer):
         self._device = value
 
     def warp_model(self, model: torch.nn.Module, **kwargs: Any) -> torch.nn.Module:
-        """Note what is trained, in run.json too, then wrap the model for its device and processes."""
+        """Note seed and what is trained, in run.json too, then wrap the model for its device and processes."""
+        self.seed = kwargs.get("seed", 0)
         kwargs["train_conf"]["early_stopping_patience"] = 0  # or main() stops too, counting from the last resume
         self.trainable = weights.trainable_names(model)
         if self.rank == 0:
@@ -168,6 +172,9 @@ class Trainer(stock.Trainer):
             model.set_gradient_accumulation_boundary(whole or self._ends_epoch(loss_dict))
         elif torch.is_grad_enabled() and self.use_ddp and self._ends_epoch(loss_dict):
             model.require_backward_grad_sync = True  # although upstream goes on accumulating
+        if torch.is_grad_enabled():
+            drawn_from = [self.seed, loss_dict["epoch"], loss_dict["log_step"], self.rank]
+            torch.manual_seed(int(np.random.SeedSequence(drawn_from).generate_state(1)[0]))
         super().forward_step(model, batch, loss_dict)
         if torch.is_grad_enabled():
             rows = torch.tensor([item["row"] for item in batch["item"]])
