@@ -166,19 +166,20 @@ class Trainer(stock.Trainer):
                 logging.info("no better loss for %d of %d epochs", self.epochs_no_improve, self.patience)
 
     def forward_step(self, model, batch, loss_dict=None) -> None:
-        """One batch forward; in training, note its rows."""
-        if torch.is_grad_enabled() and self.use_deepspeed:
+        """One batch forward; in training, with chance of its own, its rows noted."""
+        if not torch.is_grad_enabled():
+            super().forward_step(model, batch, loss_dict)
+            return
+        if self.use_deepspeed:
             whole = (loss_dict["batch_idx"] + 1) % self.accum_grad == 0
             model.set_gradient_accumulation_boundary(whole or self._ends_epoch(loss_dict))
-        elif torch.is_grad_enabled() and self.use_ddp and self._ends_epoch(loss_dict):
+        elif self.use_ddp and self._ends_epoch(loss_dict):
             model.require_backward_grad_sync = True  # although upstream goes on accumulating
-        if torch.is_grad_enabled():
-            drawn_from = [self.seed, loss_dict["epoch"], loss_dict["log_step"], self.rank]
-            torch.manual_seed(int(np.random.SeedSequence(drawn_from).generate_state(1)[0]))
+        drawn_from = [self.seed, loss_dict["epoch"], loss_dict["log_step"], self.rank]
+        torch.manual_seed(int(np.random.SeedSequence(drawn_from).generate_state(1)[0]))
         super().forward_step(model, batch, loss_dict)
-        if torch.is_grad_enabled():
-            rows = torch.tensor([item["row"] for item in batch["item"]])
-            self.row_uses.index_add_(0, rows, torch.ones(len(rows), dtype=torch.int32))
+        rows = torch.tensor([item["row"] for item in batch["item"]])
+        self.row_uses.index_add_(0, rows, torch.ones(len(rows), dtype=torch.int32))
 
     def update_step(self, model, optim, scheduler, scaler, loss_dict=None) -> None:
         """Step where accum_grad batches, or the epoch's last, have given their gradients."""
