@@ -532,6 +532,16 @@ def test_the_thirty_percent_target_is_reported_and_no_reason_to_fail(tmp_path):
         assert check_loss(tmp_path / "train.log")["loss_target_met"] is met
 
 
+@pytest.mark.parametrize(("dev", "said"), [([2.0, 1.5, 1.4], True), ([2.0, 1.4, 1.5], False), ([2.0], False)])
+def test_a_training_that_ends_while_dev_gets_better_is_said(tmp_path, caplog, dev, said):
+    caplog.set_level("INFO")
+    train = [log_line(epoch=epoch, loss=3.0 - epoch) for epoch in range(2)]
+    valid = [log_line(tag="val", epoch=epoch, loss=loss) for epoch, loss in enumerate(dev, 1)]
+    (tmp_path / "train.log").write_text("".join(train + valid))
+    assert check_loss(tmp_path / "train.log")["dev_best_at_end"] is said
+    assert ("lowest after the last epoch" in caplog.text) is said
+
+
 @pytest.mark.parametrize("stage", [STAGES[0], STAGES[2]])
 def test_saving_after_no_step_and_loading_again_decodes_the_same(model_dir, tmp_path, stage):
     from funasr import AutoModel
