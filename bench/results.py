@@ -32,7 +32,7 @@ def table(experiment: Path) -> str:
     """Scores of one experiment in percent with 95 % intervals, under a line that says what was run."""
     summary = json.loads((experiment / "eval/summary.json").read_text("utf-8"))
     scores = {(row["model"], row["test_set"]): row for row in summary}
-    runs = [json.loads(path.read_text()) for path in sorted((experiment / "exp/8k_telephone").glob("*/run.json"))]
+    runs = [json.loads(path.read_text()) for path in sorted((experiment / "exp/8k_telephone").glob("*[a-z]/run.json"))]
     commits, seeds = {run["commit"] for run in runs}, {run["seed"] for run in runs}
     if len(commits) != 1 or len(seeds) != 1:
         sys.exit(f"error: {experiment}: stages of commits {commits} and seeds {seeds}; run the experiment in one piece")

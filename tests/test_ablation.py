@@ -1,4 +1,4 @@
-"""The table of `make ablation` says what the summaries say, and a variant changes what its title says."""
+"""The tables of the demo say what the summaries say, and a variant changes what its title says."""
 
 import subprocess
 import sys
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import ablation
+import results
 from common import write_json, write_jsonl
 from mini import ROOT, make_model, make_rows
 from nano.config import flat_items, read_stage
@@ -44,6 +45,18 @@ def test_the_table_has_a_line_a_variant_and_one_without_interpolation(tmp_path):
     assert lines[5].endswith("| 120* | 10.0 → 20.0 → 30.0 |") and "*" not in lines[4]
     assert lines[6].startswith("| without wideband replay, without interpolation | 30.0 (28.0-32.0)* | 40.0 (38")
     assert lines[10] == "| 0.5 | 10.0 | 5.0 |"
+
+
+def test_a_stage_that_was_made_anew_is_of_its_new_commit(tmp_path):
+    rates = {rate + end: 0.123 for rate in ("cer", "kwer", "chars_per_minute") for end in ("", "_low", "_high")}
+    names = ("real_test", "simulated_test", "wideband_test", "no_speech")
+    rows = [{"model": model, "test_set": name, "utterances": 9, **rates} for model in results.MODELS for name in names]
+    write_json(tmp_path / "eval/summary.json", rows)
+    for folder, commit in (("stage1_encoder_adapt", "new"), ("stage1_encoder_adapt.old.20261128_105535", "old")):
+        write_json(tmp_path / "exp/8k_telephone" / folder / "run.json", {"commit": commit, "seed": 3})
+    lines = results.table(tmp_path).splitlines()
+    assert lines[0] == "`make demo SEED=3`, commit `new`, 9 utterances a test set, %:"
+    assert lines[4].startswith("| recorded calls 真实通话 | 12.3 (12.3-12.3) |")
 
 
 def test_without_a_demo_it_says_what_to_do_and_writes_nothing(tmp_path):

@@ -193,7 +193,7 @@ def test_processes_keep_equal_weights_where_an_epoch_ends_inside_an_accumulation
 
 @pytest.fixture(scope="module")
 def with_deepspeed(tmp_path_factory) -> Callable:
-    """with_deepspeed("name", KILL="") -> averaged.pt's tensors and the folder of a training without chance.
+    """with_deepspeed("name", KILL="") -> averaged.pt's tensors and the folder of a training.
 
     An epoch is three batches for each process, two of them and then one a step.
     """
@@ -203,11 +203,11 @@ def with_deepspeed(tmp_path_factory) -> Callable:
 
     def train(name: str, deepspeed: bool = True, ends: int = 0, processes: int = 2,
               **environment: str) -> tuple[dict, Path]:  # fmt: skip
-        conf = {**QUICK["train_conf"], "accum_grad": 2, "grad_clip": 0.5, "use_deepspeed": deepspeed, "log_interval": 1,
-                "deepspeed_config": str(ROOT / "conf/deepspeed.json")}  # fmt: skip
-        still = {"dropout_rate": 0.0, "attention_dropout_rate": 0.0}
-        overlay = {**QUICK, "train_conf": conf, "specaug": None, "audio_encoder_conf": still,
-                   "dataset_conf": {**QUICK["dataset_conf"], "batch_size": 2}}  # fmt: skip
+        conf = {
+            **QUICK["train_conf"], "accum_grad": 2, "grad_clip": 0.5, "log_interval": 1, "use_deepspeed": deepspeed,
+            "deepspeed_config": str(ROOT / "conf/deepspeed.json"), "avg_keep_nbest_models_type": "loss",
+        }  # fmt: skip
+        overlay = {**QUICK, "train_conf": conf, "dataset_conf": {**QUICK["dataset_conf"], "batch_size": 2}}
         args = arguments(folder / name, model, rows, overlay=overlay)
         done = torchrun(args, KILLED, processes, **{"KILL": ""} | environment)
         assert done.returncode == ends, done.stderr[-3000:]
