@@ -237,6 +237,7 @@ def check_after(folder: Path, initial: Path, train_list: Path) -> dict[str, Any]
         **check_tensors(folder, initial),
         **check_rows_used(described, sum(1 for _ in read_jsonl(train_list))),
         **check_loss(folder / "train.log"),
+        **check_dev(described),
     }
 
 
@@ -278,12 +279,8 @@ def check_rows_used(described: dict[str, Any], rows: int) -> dict[str, int]:
 
 
 def check_loss(log: Path) -> dict[str, float | bool]:
-    """The training loss of each epoch is finite and the last one is below the first; one epoch may rise a little.
-
-    Where dev was best after the last epoch, that is said: the training may have been too short or too slow.
-    """
-    logged = read_log(log)
-    steps = [row for row in logged if row["tag"] == "train"]
+    """The training loss of each epoch is finite and the last one is below the first; one epoch may rise a little."""
+    steps = [row for row in read_log(log) if row["tag"] == "train"]
     losses = {row["epoch"]: row["loss"] for row in steps}  # the last of an epoch is its mean
     if not losses or not all(math.isfinite(loss) for loss in losses.values()):
         raise UserError(f"no finite training loss in {log}; lower optim_conf.lr")
@@ -294,13 +291,17 @@ def check_loss(log: Path) -> dict[str, float | bool]:
                         "--force true")  # fmt: skip
     if len(steps) > 1 and last >= first:
         logging.warning("%s, in one epoch, which is too little to tell; see the scores on dev", said)
-    dev = {row["epoch"]: row["loss"] for row in logged if row["tag"] == "val"}  # by epochs done
-    best_at_end = len(dev) > 1 and min(dev, key=dev.get) == max(dev)
-    if best_at_end:
-        logging.info("the loss on dev was lowest after the last epoch: a higher max_epoch or optim_conf.lr may help")
     fallen = 1 - last / first
     return {"loss_first_epoch": first, "loss_last_epoch": last, "loss_fallen": fallen,
-            "loss_target_met": fallen >= LOSS_TARGET, "dev_best_at_end": best_at_end}  # fmt: skip
+            "loss_target_met": fallen >= LOSS_TARGET}  # fmt: skip
+
+
+def check_dev(described: dict[str, Any]) -> dict[str, bool]:
+    """Say where dev was best after the last epoch: the training may have been too short, or too slow."""
+    best_at_end = len(described["rows_used"]) > 1 and not described["epochs_no_improve"]
+    if best_at_end:
+        logging.info("the loss on dev was lowest after the last epoch: a higher max_epoch or optim_conf.lr may help")
+    return {"dev_best_at_end": best_at_end}
 
 
 def get_args() -> argparse.Namespace:

@@ -21,6 +21,7 @@ from check_training import (
     check_after,
     check_before,
     check_checkpoint,
+    check_dev,
     check_loss,
     check_room,
     check_rows_used,
@@ -34,7 +35,7 @@ from nano.config import build_on_meta, effective, flat_items, read_stage
 from nano.dataset import Once
 from nano.model import FunASRNano
 from nano.train_log import read_log
-from nano.trainer import Trainer
+from nano.trainer import Trainer, stock
 
 SORTED = {"batch_type": "token", "batch_size": 1500, "num_workers": 0}
 YAMLS = [path for path in sorted(ROOT.glob("conf/**/*.yaml")) if path.stem.startswith(("stage", "base_model"))]
@@ -407,6 +408,8 @@ def test_what_each_stage_trained_has_moved_and_each_row_was_used_once(trained, s
     assert set(figures["moved_tensors"]) == modules
     assert figures["repeated_rows"] == 0
     described = json.loads((args.output_dir / "run.json").read_text())
+    dev = {row["epoch"]: row["loss"] for row in read_log(args.output_dir / "train.log") if row["tag"] == "val"}
+    assert figures["dev_best_at_end"] is (min(dev, key=dev.get) == 3)
     assert {module for module, count in described["parameters"].items() if count["trainable"]} == modules
     uses = {"rows": 12, "missed": 0, "repeated": 0, "processes": 1}
     assert described["rows_used"] == {str(epoch): uses for epoch in (1, 2, 3)}
@@ -532,14 +535,22 @@ def test_the_thirty_percent_target_is_reported_and_no_reason_to_fail(tmp_path):
         assert check_loss(tmp_path / "train.log")["loss_target_met"] is met
 
 
-@pytest.mark.parametrize(("dev", "said"), [([2.0, 1.5, 1.4], True), ([2.0, 1.4, 1.5], False), ([2.0], False)])
-def test_a_training_that_ends_while_dev_gets_better_is_said(tmp_path, caplog, dev, said):
+@pytest.mark.parametrize(("epochs", "no_better", "said"), [(3, 0, True), (3, 1, False), (1, 0, False)])
+def test_a_training_that_ends_while_dev_gets_better_is_said(caplog, epochs, no_better, said):
     caplog.set_level("INFO")
-    train = [log_line(epoch=epoch, loss=3.0 - epoch) for epoch in range(2)]
-    valid = [log_line(tag="val", epoch=epoch, loss=loss) for epoch, loss in enumerate(dev, 1)]
-    (tmp_path / "train.log").write_text("".join(train + valid))
-    assert check_loss(tmp_path / "train.log")["dev_best_at_end"] is said
+    described = {"rows_used": dict.fromkeys(map(str, range(epochs))), "epochs_no_improve": no_better}
+    assert check_dev(described)["dev_best_at_end"] is said
     assert ("lowest after the last epoch" in caplog.text) is said
+
+
+@pytest.mark.parametrize(("losses", "no_better"), [((1.0, 1.2, 1.1), 1), ((1.0, 0.8, 0.9), 0)])
+def test_a_validation_inside_an_epoch_does_not_count_for_where_dev_was_best(tmp_path, monkeypatch, losses, no_better):
+    trainer = Trainer(output_dir=str(tmp_path), device="cpu")
+    given = iter(losses)
+    monkeypatch.setattr(stock.Trainer, "validate_epoch", lambda self, **_: setattr(self, "val_loss_avg", next(given)))
+    for inside in ({}, {"step_in_epoch": 2}, {}):
+        trainer.validate_epoch(**inside)
+    assert trainer.epochs_no_improve == no_better
 
 
 @pytest.mark.parametrize("stage", [STAGES[0], STAGES[2]])

@@ -290,7 +290,7 @@ class Trainer(stock.Trainer):
             weights.save_atomically(content, self.folder / "averaged.pt")
             logging.info("averaged.pt is the mean of %s", ", ".join(best))
         # train.py writes run.json anew; of a resumed run the last epoch may be all done.
-        self._describe(rows_used=self.rows_used)
+        self._describe(rows_used=self.rows_used, epochs_no_improve=self.epochs_no_improve)
         if self.use_ddp and not torch.cuda.is_available():
             # Gloo's thread drops the tensors of its last work under Python's lock, which torch (2.13) holds when it
             # waits for that thread to end: seen to hang at the end of a training on two processes.
