@@ -11,6 +11,10 @@ import re
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "local"))
+
+from common import of_trainings  # noqa: E402
+
 BEGIN, END = "<!-- results: bench/results.py writes this -->\n", "<!-- end of results -->"
 MODELS = ("base", "stage1", "stage2", "stage3", "final")
 ROWS = (
@@ -32,7 +36,7 @@ def table(experiment: Path) -> str:
     """Scores of one experiment in percent with 95 % intervals, under a line that says what was run."""
     summary = json.loads((experiment / "eval/summary.json").read_text("utf-8"))
     scores = {(row["model"], row["test_set"]): row for row in summary}
-    runs = [json.loads(path.read_text()) for path in sorted((experiment / "exp/8k_telephone").glob("*[a-z]/run.json"))]
+    runs = [json.loads(path.read_text()) for path in of_trainings(experiment, "run.json")]
     commits, seeds = {run["commit"] for run in runs}, {run["seed"] for run in runs}
     if len(commits) != 1 or len(seeds) != 1:
         sys.exit(f"error: {experiment}: stages of commits {commits} and seeds {seeds}; run the experiment in one piece")

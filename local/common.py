@@ -184,6 +184,11 @@ def progress(items: Iterable, total: int | None, title: str) -> Iterable:
     return tqdm(items, total=total, desc=title, unit="", dynamic_ncols=terminal, **({} if terminal else in_log))
 
 
+def of_trainings(exp_output: Path, name: str) -> list[Path]:
+    """The file `name` of each training stage that has it, not of folders that were moved aside: they end in a time."""
+    return sorted(exp_output.glob(f"exp/8k_telephone/*[a-z]/{name}"))
+
+
 def file_hash(path: str | os.PathLike) -> str:
     """SHA-256 of a file's bytes, first 16 hex digits."""
     digest = hashlib.sha256()

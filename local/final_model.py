@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import yaml
 
-from common import UserError, file_hash, run
+from common import UserError, file_hash, of_trainings, run
 from nano import weights
 from nano.config import flat_items
 
@@ -142,7 +142,7 @@ def model_card(args: argparse.Namespace, summary: list[dict[str, Any]], model: P
     if choice.is_file():
         chosen = json.loads(choice.read_text("utf-8"))
         lines.append(f"- {chosen['alpha']:g} of the adapted model, the rest of the base: {chosen['reason']}.")
-    for path in sorted(args.summary.parent.parent.glob("exp/*/*[a-z]/run.json")):
+    for path in of_trainings(args.summary.parent.parent, "run.json"):
         record = json.loads(path.read_text("utf-8"))
         facts = ", ".join(f"{name} {record.get(name)}" for name in ("rows_per_epoch", "seed", "commit"))
         lines.append(f"- {path.parent.name}: {facts}")

@@ -22,7 +22,7 @@ import soundfile
 
 import audio
 import metrics
-from common import UserError, atomic_write, read_jsonl, run
+from common import UserError, atomic_write, of_trainings, read_jsonl, run
 from nano.train_log import read_log
 
 SETS = {"real_test": "recorded calls", "simulated_test": "simulated calls", "wideband_test": "wideband speech",
@@ -118,7 +118,7 @@ def judge(summary: list[dict[str, Any]], max_wideband_loss: float) -> dict[str, 
 def stages(exp_output: Path, missing: list[str]) -> list[dict[str, Any]]:
     """What each training stage recorded: run.json, losses of train.log."""
     found = []
-    for record in sorted(exp_output.glob("exp/*/*[a-z]/run.json")):  # a folder moved aside ends in its time
+    for record in of_trainings(exp_output, "run.json"):
         log = record.with_name("train.log")
         if not log.is_file():
             missing.append(str(log))
@@ -190,7 +190,7 @@ def data_counts(exp_output: Path, missing: list[str]) -> list[dict[str, Any]]:
 def commands(exp_output: Path) -> list[str]:
     """The commands that the stages wrote at the head of their logs, in the order of the stages."""
     logs = {path.name: path for path in exp_output.glob("logs/*.log")}
-    logs |= {path.parent.name: path for path in exp_output.glob("exp/*/*[a-z]/train.log")}
+    logs |= {path.parent.name: path for path in of_trainings(exp_output, "train.log")}
     paths = [logs[name] for name in sorted(logs)]
     lines = [line for path in paths for line in path.read_text("utf-8", errors="replace").splitlines()]
     return list(dict.fromkeys(line[2:].strip() for line in lines if re.match(r"# (\w+=.*)?bash run_experiment", line)))

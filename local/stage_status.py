@@ -27,7 +27,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from common import UserError, atomic_write, file_hash, read_jsonl, run, table, write_json
+from common import UserError, atomic_write, file_hash, of_trainings, read_jsonl, run, table, write_json
 from nano.train_log import read_log
 
 NOTHING_TO_DO, MUST_RUN, MUST_REDO = 0, 3, 4
@@ -269,9 +269,9 @@ def show(root: str) -> str:
         models = models if marker.get("began", 0) <= scored else ()
         details = [f"{model}: {rates[model]}" for model in models if model in rates]
         details = details or [f"{name} {count:,}" for name, count in marker.get("counts", {}).items()]
-        # A folder that was moved aside ends in digits, its time.
-        for log in Path(root).glob(f"exp/8k_telephone/stage{stage}_*[a-z]/train.log"):
-            trainings += [(stage, *row) for row in [training_row(log.parent, running)] if row]
+        for log in of_trainings(Path(root), "train.log"):
+            if log.parent.name.startswith(f"stage{stage}_") and (row := training_row(log.parent, running)):
+                trainings.append((stage, *row))
         took = timedelta(seconds=round(marker["seconds"])) if "seconds" in marker else ""
         stages.append((stage, what, state, marker["time"], took, ", ".join(details)))
     text = f"# Status of the experiment in {root}\n\nWritten {time.strftime(CLOCK)} by `make status`.\n\n"
