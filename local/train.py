@@ -87,7 +87,13 @@ def train(config: dict[str, Any]) -> None:
         # Upstream opens a writer in every process, and tensorboardX names files by second and host: two of one machine
         # would write into one. Without the package upstream does without.
         sys.modules["tensorboardX"] = None
-    train_ds.main(**config)
+    try:
+        train_ds.main(**config)
+    finally:
+        # Upstream does not. The last curves wait in memory; of a training that failed before it logged a step, Python
+        # 3.12 would show a traceback, for at its end no thread can be started.
+        if Trainer.curves:
+            Trainer.curves.close()
 
 
 def get_args() -> argparse.Namespace:

@@ -46,9 +46,11 @@ class Trainer(stock.Trainer):
 
     initial: str
     lora: dict | None
+    curves: Any = None  # the first process's writer of tensorboard/, which local/train.py closes
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
+        Trainer.curves = self.writer
         self.folder = Path(self.output_dir)
         self.trainable: set[str] = set()
         self.batch_tokens: int | None = None
@@ -296,7 +298,7 @@ class Trainer(stock.Trainer):
             # waits for that thread to end: seen to hang at the end of a training on two processes.
             stock.dist.barrier()
             time.sleep(1)
-        super().close(self.writer)  # upstream's main() gives none, and the last curves wait in memory
+        super().close()
 
 
 def remove(path: Path) -> None:
