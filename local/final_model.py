@@ -40,8 +40,9 @@ model = AutoModel(model="{name}", disable_update=True, ctc_decoder=None)
 print(model.generate("call.wav")[0]["text"])
 ```
 
-Run it where {name}/ lies. It needs `pip install funasr=={funasr} transformers tiktoken`. `ctc_decoder=None` leaves out
-the branch for time stamps, which needs torchaudio and keeps FunASR from decoding in batches.
+Run it where {name}/ lies. It needs `pip install funasr=={funasr} "transformers>=5.2,<6" tiktoken` (5.0 and 5.1 garble
+batches). `ctc_decoder=None` leaves out the branch for time stamps, which needs torchaudio and keeps FunASR from
+decoding in batches.
 
 - It hears audio at {fs} Hz. Upsample 8 kHz calls with a good resampler (soxr, SoX) rather than leave it to FunASR,
   whose filter depends on what is installed.

@@ -11,7 +11,7 @@ import soundfile
 import torch
 
 import final_model
-from common import write_json, write_jsonl
+from common import ROOT, write_json, write_jsonl
 from mini import helper, helper_here, log_line
 from miniature import build_folder
 from report import condition_groups, gather, judge, stages
@@ -224,7 +224,10 @@ def test_the_final_model_loads_in_stock_funasr_without_this_repository(experimen
     card = (folder / "MODEL_CARD.md").read_text("utf-8")
     assert "| real_test | final | 60 |" in card and "0.125 of the adapted model" in card and "abc123" in card
     soundfile.write(tmp_path / "out" / "call.wav", 0.2 * np.sin(np.arange(32000) * 0.1), 16000)
-    lines = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), re.DOTALL)[1]
+    readme = (folder / "README.md").read_text("utf-8")
+    needs = re.search("transformers[^ ]+", (ROOT / "requirements.txt").read_text("utf-8"))[0]
+    assert f'"{needs}"' in readme
+    lines = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
     assert lines.count("\n") == 3
     code = lines + f"""
 import torch
