@@ -119,6 +119,28 @@ check_options() {  # all that can be checked before anything is done
     done
     needs_path RAW_16K_TRAIN RAW_16K_DEV RAW_16K_TEST REAL_8K_TRAIN REAL_8K_DEV REAL_8K_TEST
   fi
+  check_packages
+}
+
+check_packages() {  # $PYTHON has what `make setup` installs, in versions that were tested
+  "$PYTHON" - <<'EOF' || exit 2
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+lines, wrong = open("requirements.txt", encoding="utf-8").read().splitlines(), []
+for line in ["torch", *filter(None, (line.split("#")[0].strip() for line in lines))]:
+    try:
+        from packaging.requirements import Requirement  # comes with several of them
+
+        need = Requirement(line)
+        if not need.specifier.contains(there := version(need.name), prereleases=True):
+            wrong.append(f"has {need.name} {there}, not {line}")
+    except (ImportError, PackageNotFoundError) as error:
+        wrong.append(f"lacks {error.name}")
+if wrong:
+    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    sys.exit(f"error: {sys.executable} {wrong[0]}{more}; run make setup, or install requirements.txt there")
+EOF
 }
 
 one_of() { [[ ${!1} != *" "* && " ${*:2} " == *" ${!1} "* ]] || fail "--${1,,} '${!1}': expected ${*:2}"; }

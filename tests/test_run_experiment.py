@@ -8,6 +8,7 @@ that the helper would. The helpers have tests of their own, and the demo runs th
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from pathlib import Path
 
 args = sys.argv[1:]
 name = "train.py" if args[0] == "-m" else os.path.basename(args[0])
-if name in ("-c", "stage_status.py"):
+if name in ("-", "-c", "stage_status.py"):
     os.execv(sys.executable, [sys.executable, *args])
 with open(os.environ["CALLS"], "a") as calls:
     calls.write(json.dumps([name, *args[1:]]) + "\\n")
@@ -75,7 +76,8 @@ def repository(tmp_path_factory):
     copy = tmp_path_factory.mktemp("repo") / "a copy's \"name\""
     for name in ("conf", "local"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "run_experiment.sh", copy)
+    for name in ("run_experiment.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, copy)
     return copy
 
 
@@ -174,6 +176,22 @@ def test_what_is_not_understood_is_refused_in_one_line(repository, tmp_path, arg
     assert message in done.stderr
     assert done.stderr.count("\n") == 1 and done.stdout == ""
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "transformers", "message"),
+    [("-I -S", "", r"lacks \w+ and \d+ more; run make setup"),
+     ("", "5.1.0", r"has transformers 5.1.0, not transformers>=\S+; run make setup")],
+)  # fmt: skip
+def test_a_python_without_the_packages_is_refused_in_one_line(recipe, tmp_path, flags, transformers, message):
+    python, found = tmp_path / "other python", tmp_path / f"site/transformers-{transformers}.dist-info"
+    python.write_text(f'#!/bin/sh\nexport PYTHONPATH="{tmp_path}/site"\nexec "{sys.executable}" {flags} "$@"\n')
+    python.chmod(0o755)
+    found.mkdir(parents=True)
+    (found / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {transformers}\n")
+    done = recipe("-1", python=python)
+    assert done.returncode == 2 and re.search(message, done.stderr) and done.stderr.count("\n") == 1, done.stderr
+    assert not recipe.exp.exists()
 
 
 @pytest.mark.parametrize(
