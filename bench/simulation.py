@@ -12,6 +12,7 @@ timed inside the same run.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ import numpy as np
 import soundfile
 
 import stage0
+from common import progress  # stage0 has put local/ on the path
 from contenders import LOCAL, OURS, PEERS, simulator
 
 FILES = {"5s": (5, 200), "60s": (60, 20)}  # name: (seconds, files)
@@ -114,16 +116,15 @@ def measure(folder: Path, peers: str, rounds: int) -> dict:
     """All contenders in turn; speeds in audio-seconds per second, and what follows from them."""
     contenders = {name: process for name in (*OURS, *PEERS) if (process := start(name, folder, peers))}
     best: dict[tuple[str, str], dict] = {}
-    for number in range(rounds + 1):  # the first warms up
-        for size in FILES:
-            for name, process in contenders.items():
-                print(size, file=process.stdin, flush=True)
-                answer = process.stdout.readline()
-                if not answer:
-                    raise SystemExit(f"error: {name} stopped: {(folder / f'{name}.log').read_text()[-400:]}")
-                done = json.loads(answer)
-                if number and done["seconds"] < best.get((name, size), done)["seconds"] + 1e-9:
-                    best[name, size] = done
+    turns = list(itertools.product(range(rounds + 1), FILES, contenders))
+    for number, size, name in progress(turns, len(turns), "turns of all contenders"):
+        print(size, file=contenders[name].stdin, flush=True)
+        answer = contenders[name].stdout.readline()
+        if not answer:
+            raise SystemExit(f"error: {name} stopped: {(folder / f'{name}.log').read_text()[-400:]}")
+        done = json.loads(answer)
+        if number and done["seconds"] < best.get((name, size), done)["seconds"] + 1e-9:  # the first round warms up
+            best[name, size] = done
     for process in contenders.values():
         process.stdin.close()
         process.wait()

@@ -45,9 +45,9 @@ def run(helper: str, **options: object) -> np.ndarray:
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     command = [sys.executable, "-c", CHILD, sys.executable, *f"local/{helper}".split(), *words]
     start = time.monotonic()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)  # its log and progress are seen
     if done.returncode:
-        sys.exit(done.stderr)
+        sys.exit(f"error: {helper} failed, see above")
     return np.array([time.monotonic() - start, *map(float, done.stdout.split())])
 
 
