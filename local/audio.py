@@ -7,7 +7,6 @@ Files are named by their key, so that two keys never share a file and none leave
 
 import functools
 import hashlib
-import io
 import math
 import os
 import re
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
-from common import atomic_write, first_line
+from common import atomic_write, first_line, memory_file
 
 SAFE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,119}")
 HEADERLESS = ("alaw", "mulaw", "s8", "u8", "s16le", "u16le")  # FFmpeg says 44.1 kHz; SoX knows .al and .ul
@@ -63,10 +62,17 @@ def write(path: str | os.PathLike, samples: np.ndarray, rate: int) -> None:
 
     The name appears when the file is whole.
     """
-    encoded = io.BytesIO()  # libsndfile does not say that the disk is full, Python's own write does
-    soundfile.write(encoded, samples, rate, subtype="PCM_16", format=os.path.splitext(path)[1][1:].upper())
+    encoded = encode(samples, rate, os.path.splitext(path)[1][1:].upper(), "PCM_16")
     with atomic_write(path, "wb", sync=False) as file:
-        file.write(encoded.getbuffer())
+        file.write(encoded)  # libsndfile would not say that the disk is full
+
+
+def encode(samples: np.ndarray, rate: int, kind: str, subtype: str | None = None) -> bytes:
+    """The bytes of a sound file; format and subtype are those of soundfile."""
+    with memory_file() as file:
+        soundfile.write(file.fileno(), samples, rate, subtype=subtype, format=kind, closefd=False)
+        file.seek(0)
+        return file.read()
 
 
 class Length(NamedTuple):
@@ -279,10 +285,12 @@ def _decode_sox(path: str) -> tuple[np.ndarray, int]:
     if path.lower().endswith((".m3u", ".pls")):
         raise ValueError("a playlist; SoX would fetch what it names from the network")
     command = ["sox", "-V1", os.path.abspath(path), "-t", "wav", "-e", "float", "-b", "32", "-"]
-    done = subprocess.run(command, capture_output=True, check=False)
-    if done.returncode:
-        raise ValueError(done.stderr.decode(errors="replace").strip() or "sox failed")
-    return soundfile.read(io.BytesIO(done.stdout), dtype="float32", always_2d=True)
+    with memory_file() as decoded:
+        done = subprocess.run(command, stdout=decoded, stderr=subprocess.PIPE, check=False)
+        if done.returncode:
+            raise ValueError(done.stderr.decode(errors="replace").strip() or "sox failed")
+        decoded.seek(0)
+        return soundfile.read(decoded.fileno(), dtype="float32", always_2d=True, closefd=False)
 
 
 def _check_channel(channel: int | None, channels: int, path: str) -> None:

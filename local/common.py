@@ -10,12 +10,14 @@ import json
 import logging
 import os
 import secrets
+import signal
 import site
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from tqdm import tqdm
 
@@ -48,6 +50,8 @@ def run(main: Callable[[], None]) -> None:
     """Run a helper's `main()` with logging set up; a user's mistake ends in one line on stderr and an exit code."""
     line = "%(asctime)s (%(filename)s:%(lineno)d) %(levelname)s: %(message)s"
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format=line, datefmt="%H:%M:%S")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as in the background of a script
+        signal.signal(signal.SIGINT, _interrupt)
     try:
         main()
     except UserError as error:
@@ -63,6 +67,13 @@ def run(main: Callable[[], None]) -> None:
         return
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
+
+
+def _interrupt(*_signal: Any) -> None:
+    """Ctrl-C: the threads that end with it show no tracebacks of their own; once more ends the process at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.excepthook = lambda _failed: None
+    raise KeyboardInterrupt
 
 
 def first_line(error: Exception) -> str:
@@ -115,6 +126,14 @@ def atomic_write(path: str | os.PathLike, mode: str = "w", sync: bool = True) ->
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def memory_file() -> BinaryIO:
+    """An empty file in memory that libsndfile is given by its number, `fileno()`.
+
+    For a file of Python's own it calls Python at every block: what is raised there, Ctrl-C too, is lost with the block.
+    """
+    return open(os.memfd_create("audio"), "w+b", buffering=0)
 
 
 def read_options(given: Iterable[str] = (), stage: int = 1) -> dict[str, str]:

@@ -21,7 +21,6 @@ from typing import Any
 
 import jinja2
 import numpy as np
-import soundfile
 
 import audio
 from common import ROOT, UserError, atomic_write, read_options, run
@@ -101,16 +100,16 @@ def shown(samples: np.ndarray) -> dict[str, str]:
     """A sound and its spectrogram as data URIs."""
     from matplotlib.figure import Figure  # slow to import
 
-    sound, picture = io.BytesIO(), io.BytesIO()
-    soundfile.write(sound, samples, FS, format="FLAC", subtype="PCM_16")
+    picture = io.BytesIO()
     figure = Figure(figsize=(6, 2.2), layout="constrained")
     axes = figure.subplots()
     faint = 1e-5 * np.random.default_rng(0).standard_normal(samples.size)  # the logarithm of nothing is no number
     axes.specgram(samples + faint, NFFT=512, Fs=FS, noverlap=384, vmin=-120, vmax=-40, cmap="magma")
     axes.set(xlabel="s", ylabel="Hz")
     figure.savefig(picture, format="png", dpi=80, metadata={"Software": None})
-    data = {"sound": ("audio/flac", sound), "picture": ("image/png", picture)}
-    return {n: f"data:{kind};base64,{base64.b64encode(file.getvalue()).decode()}" for n, (kind, file) in data.items()}
+    flac = audio.encode(samples, FS, "FLAC", "PCM_16")
+    data = {"sound": ("audio/flac", flac), "picture": ("image/png", picture.getvalue())}
+    return {n: f"data:{kind};base64,{base64.b64encode(content).decode()}" for n, (kind, content) in data.items()}
 
 
 def described(plan: dict[str, Any]) -> str:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import soundfile
 
 import audio
 import metrics
@@ -150,11 +149,11 @@ def loss_curve(curves: dict[str, list[tuple[int, float]]]) -> str:
         axes.legend()
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return data_uri("image/svg+xml", buffer)
+    return data_uri("image/svg+xml", buffer.getvalue())
 
 
-def data_uri(kind: str, buffer: io.BytesIO) -> str:
-    return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def data_uri(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def embed(path: str | None, missing: list[str]) -> str | None:
@@ -166,9 +165,7 @@ def embed(path: str | None, missing: list[str]) -> str | None:
     except audio.AudioError as error:
         missing.append(str(error))
         return None
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples[: int(AUDIO_SECONDS * rate)], rate, format="MP3")
-    return data_uri("audio/mpeg", buffer)
+    return data_uri("audio/mpeg", audio.encode(samples[: int(AUDIO_SECONDS * rate)], rate, "MP3"))
 
 
 def data_counts(exp_output: Path, missing: list[str]) -> list[dict[str, Any]]:

@@ -9,7 +9,6 @@ conceals them; the other codecs' losses are concealed on decoded speech (packet_
 """
 
 import functools
-import io
 from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
@@ -18,6 +17,7 @@ import av
 import numpy as np
 import soundfile
 
+from common import memory_file
 from telephone.packet_loss import PACKET
 from telephone.resample import resample
 
@@ -35,10 +35,10 @@ class Codec(NamedTuple):
 
 
 def _libsndfile(pcm: np.ndarray, subtype: str) -> np.ndarray:
-    file = io.BytesIO()
-    soundfile.write(file, pcm, 8000, format="WAV", subtype=subtype)
-    file.seek(0)
-    return soundfile.read(file, dtype="int16")[0]
+    with memory_file() as file:
+        soundfile.write(file.fileno(), pcm, 8000, format="WAV", subtype=subtype, closefd=False)
+        file.seek(0)
+        return soundfile.read(file.fileno(), dtype="int16", closefd=False)[0]
 
 
 @functools.lru_cache
