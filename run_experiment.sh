@@ -161,7 +161,7 @@ train() {
     --output "$DIR/trainlist.jsonl" --valid_output "$DIR/valid.jsonl" --max_speech_length "$MAX_SPEECH_LENGTH"
   local gpus=${NGPU:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')} launch=("$PYTHON")
   if ((gpus > 1 || NNODES > 1)); then
-    launch+=(-m torch.distributed.run --nproc_per_node "$((gpus > 0 ? gpus : 1))" --nnodes "$NNODES"
+    launch+=(local/launch.py --nproc_per_node "$((gpus > 0 ? gpus : 1))" --nnodes "$NNODES"
       --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
   fi
   local facts=("${CONFS[@]}" --model_dir "$MODEL_DIR" --init_checkpoint "$PARENT" --train_list "$DIR/trainlist.jsonl"

@@ -173,12 +173,51 @@ def torchrun(args: Namespace, script: str, processes: int = 2, **environment: st
     """The script on processes of this machine, with the command line of local/train.py."""
     args.output_dir.mkdir(exist_ok=True)
     (args.output_dir / "script.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", processes, "--master_port",
-               free_port(), args.output_dir / "script.py"]  # fmt: skip
+    command = [sys.executable, "local/launch.py", "--nproc_per_node", processes, "--master_port", free_port(),
+               args.output_dir / "script.py"]  # fmt: skip
     for name, value in vars(args).items():
         command += [f"--{name}", *(value if name == "overlay" else [value])]
     return subprocess.run(list(map(str, command)), cwd=ROOT, env=os.environ | environment, capture_output=True,
                           text=True, check=False, timeout=300)  # fmt: skip
+
+
+def start_two(folder: Path, body: str, port: int) -> subprocess.Popen:
+    """Two processes with `main` of this body, which may use what is imported here."""
+    path = folder / "script.py"
+    path.write_text(f"import os, signal, sys, time\nsys.path.insert(0, {str(ROOT / 'local')!r})\n"
+                    f"from common import UserError, run\ndef main():\n    {body}\nrun(main)\n")  # fmt: skip
+    command = [sys.executable, "local/launch.py", "--nproc_per_node", "2", "--master_port", str(port), path]
+    return subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True, start_new_session=True)
+
+
+@pytest.mark.parametrize(("body", "code", "line"), [
+    ("raise UserError('mine; do this', 2)", 2, "error: mine; do this"),
+    ("os.environ['RANK'] == '1' and os.kill(os.getpid(), 9); time.sleep(30)", 1,
+     "error: process 1 was ended by SIGKILL, as the system does when memory is short; the same command goes on"),
+])
+def test_a_process_that_fails_says_why_and_torchrun_adds_no_traceback(tmp_path, body, code, line):
+    process = start_two(tmp_path, body, free_port())
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == code and line in said.splitlines() and "Traceback" not in said, said
+
+
+def test_ctrl_c_ends_all_processes_as_one_that_was_interrupted(tmp_path):
+    process = start_two(tmp_path, "os.write(1, b'begun\\n'); time.sleep(60)", free_port())
+    assert [process.stdout.readline() for _ in range(2)] == ["begun\n"] * 2
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "error: interrupted" in said and "Traceback" not in said, said
+
+
+def test_a_port_that_another_training_has_is_one_line(tmp_path):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        process = start_two(tmp_path, "pass", other.getsockname()[1])
+        said = process.communicate(timeout=60)[1]
+    last = said.splitlines()[-1]
+    assert process.returncode == 1 and "Traceback" not in said
+    assert last.startswith("error: the processes do not meet: ") and "EADDRINUSE" in last and "MASTER_PORT" in last
 
 
 def test_processes_keep_equal_weights_where_an_epoch_ends_inside_an_accumulation_of_gradients(tmp_path):
