@@ -154,8 +154,7 @@ def test_a_test_set_must_have_rows_of_different_keys_and_audio_that_can_be_read(
 
 
 def test_a_model_folder_must_be_whole_and_without_lora(tmp_path, model_dir):
-    state = torch.load(model_dir / "model.pt")
-    lora = {"state_dict": state.get("state_dict", state), "lora": {"r": 4, "lora_alpha": 8}}
+    lora = {"state_dict": torch.load(model_dir / "model.pt"), "lora": {"r": 4, "lora_alpha": 8}}
     folder = make_model(tmp_path / "lora")
     torch.save(lora, folder / "model.pt")
     refused(check_model, folder, words=["holds LoRA tensors; fold them first"])
