@@ -1,5 +1,5 @@
-# Short names for what the recipe does. Options are variables: `make stage1 REAL_SHARE=0.2`, `make demo SEED=1`;
-# CONFIG=my.conf is a file of them.
+# Short names for what the recipe does. Options are variables: `make stage1 REAL_SHARE=0.2`; CONFIG=my.conf is a file of
+# them. `make demo SEED=1 EXP_OUTPUT=exp_output/seed1` is a demo beside the first.
 # `make help` lists the targets; `bash run_experiment.sh` without arguments lists the options.
 ifeq ($(strip $(EXP_OUTPUT)),)  # not `?=`: of one that is set and empty, `make clean` would remove /demo
 ifdef CONFIG
@@ -65,7 +65,7 @@ transcribe: setup  ## AUDIO=call.wav, a folder, a wav.scp -> dialogue in TRANSCR
 tensorboard: setup  ## curves of every training in $EXP_OUTPUT, on http://localhost:6006
 	@$(VENV) -m tensorboard.main --logdir "$(EXP_OUTPUT)/exp/8k_telephone" --port 6006
 
-demo: setup  ## the whole recipe on a corpus it speaks itself, on CPU, in minutes: $EXP_OUTPUT/demo
+demo: setup  ## the whole recipe on a corpus it speaks itself, on CPU, in half an hour: $EXP_OUTPUT/demo
 	@$(DEMO_ENV) $(VENV) demo/speak_corpus.py --output "$(CORPUS)" --seed "$(SEED)"
 	@$(DEMO_ENV) $(VENV) demo/train_base.py --train "$(CORPUS)/base_train.jsonl" --dev "$(CORPUS)/wideband_dev.jsonl" \
 	  --alphabet "$(CORPUS)/wideband_train.jsonl" "$(CORPUS)/calls_train.jsonl" --output "$(DEMO)/base_model" \
@@ -83,7 +83,7 @@ ablation-fs: demo  ## the demo again with features at 8 kHz: docs/frontend_fs.md
 test: setup  ## the quick tests, under ten minutes
 	@$(PYTEST) -m "not full"
 
-test-full: setup  ## all tests
+test-full: setup  ## all tests but those of DeepSpeed
 	@$(PYTEST)
 
 test-deepspeed: setup  ## the tests of use_deepspeed, skipped by the others; puts DeepSpeed into .venv

@@ -193,6 +193,7 @@ command -v "$PYTHON" >/dev/null || fail "PYTHON=$PYTHON is not there; name a Pyt
 "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null ||
   fail "$("$PYTHON" -V 2>&1 | head -n1): this recipe needs Python 3.10 to 3.12: PYTHON=python3.11 make setup"
 case ${1:-} in
+  --help | -h) sed -n '2,8s/^# //p' setup.sh; exit 0 ;;
   doctor) doctor; exit 0 ;;
   wheels) WHEELS=${WHEELS:-$PWD/wheels} && collect_wheels; exit 0 ;;
 esac

@@ -3,7 +3,7 @@
     python demo/speak_corpus.py --output exp_output/demo/corpus --seed 0
 
 writes base_train, wideband_{train,dev,test} (16 kHz FLAC) and calls_{train,dev,test} (8 kHz A-law WAV, all of them
-through a mobile network, which is a quarter of what stage 0 simulates) as JSONL of {"key", "source", "target",
+through a mobile network, as a third of what stage 0 simulates) as JSONL of {"key", "source", "target",
 "speaker", "call"}. Dev and test are other people: their voices and their texts occur in no training set.
 Sentences come from data/demo_sentences.yaml. Everything is a function of (seed, key), on one kind of CPU.
 """

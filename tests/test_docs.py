@@ -171,6 +171,17 @@ def test_helpers_that_messages_name_exist():
 # --- the commands
 
 
+@pytest.mark.parametrize("script", ["run_experiment.sh", "test_data_prep.sh", "setup.sh", "bench/gpu.sh"])
+def test_a_script_that_is_asked_for_help_gives_it_and_does_nothing_else(tmp_path, script):
+    for path in (script, "local/parse_options.sh", "conf/experiment.conf"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    before = sorted(tmp_path.rglob("*"))
+    done = subprocess.run(["bash", script, "--help"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and f"bash {script}" in done.stdout and not done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def speak(folder: Path, name: str, rate: int, count: int) -> list[dict]:
     rows = []
     for number in range(count):
