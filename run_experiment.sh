@@ -125,7 +125,8 @@ filter() {  # NAME SPLIT IN [option...] -> work/NAME_SPLIT.jsonl
   local most=$MAX_REJECT_RATIO; if [[ $most =~ ^0*(\.[0-4].*)?$ ]]; then most=0.5; fi  # the larger of the two
   sources+=("${folder[$1]##*/}/$2=$3")
   "${PREPARE[@]}" filter --conf "$FILTER_CONF" --expect_band "${band[$1]}" --max_speech_length "$MAX_SPEECH_LENGTH" \
-    --split "${2%,*}" --input "$3" --output "$WORK/$1_$2.jsonl" "${WORKERS[@]}" --max_reject_ratio "$most" "${@:4}"
+    --max_broken_ratio "$MAX_REJECT_RATIO" --split "${2%,*}" --input "$3" --output "$WORK/$1_$2.jsonl" \
+    "${WORKERS[@]}" --max_reject_ratio "$most" "${@:4}"
 }
 
 convert() {  # IN FOLDER SPLIT AUDIO_DIR REJECTED... -> FOLDER/SPLIT_formatted.jsonl, the rejects of all steps
@@ -180,8 +181,7 @@ stage_4() {
   TITLE="base, stages 1-3, dev and test sets -> final model, transcripts, $EVAL/summary.json"
   READS=("$MODEL_DIR"/{config.yaml,model.pt} "${STEPS[@]}" "${TEST_DATA[@]}" conf/decode.yaml "$KEYWORDS")
   SETTINGS=(ALPHAS MAX_WIDEBAND_LOSS FRONTEND_FS) LOG=$EXP_OUTPUT/logs/stage4.log
-  WRITES=("$EVAL/checkpoints/final.pt" "$EVAL/summary.json" "$EVAL/interpolation.json") FOLDERS=("$EVAL")
-  run_stage 4 evaluate
+  WRITES=("$EVAL"/{checkpoints/final.pt,summary.json,interpolation.json}) FOLDERS=("$EVAL"); run_stage 4 evaluate
 }
 
 evaluate() {

@@ -1,6 +1,6 @@
 """Read a corpus as people keep it (JSONL or a Kaldi data directory) into rows, and lose none of them.
 
-    with open_ledger("train.jsonl", max_reject_ratio=0.05) as ledger:
+    with open_ledger("train.jsonl", 0.05, "corpus/train.jsonl") as ledger:
         for entry in read_rows("corpus/train.jsonl"):   # or a folder with wav.scp and text
             ledger.add(entry)  # either a row, whose fields have the right types and whose `source` is absolute, or none
 
@@ -29,6 +29,9 @@ from common import UserError, atomic_write, first_line, read_jsonl
 SPLITS = ("train", "dev", "test")
 OPTIONAL = ("raw_target", "speaker", "call", "language", "corpus", "band", "offered", "wideband_source")
 FIELDS = ("key", "source", "target", *OPTIONAL, "channel", "start", "end")
+# Why a row is none, where no rule of conf/data_filter.yaml drops it.
+BROKEN = {"bad_json", "missing_field", "bad_field", "bad_segment", "source_is_command", "channel_missing",
+          "audio_missing", "audio_unreadable", "audio_empty", "audio_not_finite"}  # fmt: skip
 SIDES = {"A": 0, "1": 0, "B": 1, "2": 1}  # of reco2file_and_channel
 SPEECH = re.compile(r"(.*)<\|startofspeech\|>!(.*)<\|endofspeech\|>", re.DOTALL)  # of a user, in a formatted row
 MAX_DEPTH = 100  # brackets within brackets: far below what workers and writers of JSON can take
@@ -68,6 +71,14 @@ def corpus_files(path: str | os.PathLike) -> list[Path]:
     return [file for name in names if (file := folder / name).is_file()]
 
 
+def refuse_to_replace(source: str | os.PathLike, *outputs: str | os.PathLike) -> None:
+    """UserError, code 2, where an output would take the place of a file of the corpus that it is made from."""
+    files = {file.resolve() for file in corpus_files(source)}
+    for output in outputs:
+        if Path(output).resolve() in files:
+            raise UserError(f"{output} is the input, which would be replaced; give the output another name", code=2)
+
+
 def count_rows(path: str | os.PathLike) -> int:
     """How many entries `read_rows` will yield, near enough for a progress bar; lines are counted, not read."""
     with open(corpus_files(path)[0], "rb") as file:
@@ -97,6 +108,8 @@ def check_row(given: dict[str, Any], base: Path) -> Entry:
     if row["source"].endswith("|"):
         # A pipe is a shell command from a stranger: it is never run.
         return Entry(given, None, "source_is_command", "the source is a command; write its output to a file first")
+    if "end" not in row and ("start" in row or "offset" in given) and "duration" in given:  # as NeMo has it
+        return Entry(given, None, "bad_field", "duration says where the utterance ends, but only `end` is read")
     if row.get("end", math.inf) <= row.get("start", 0.0):
         return Entry(given, None, "bad_segment", f"start {row.get('start', 0.0)} s, end {row['end']} s")
     row["source"] = os.path.abspath(base / row["source"])
@@ -223,6 +236,9 @@ def _read_kaldi(utterances: Path) -> Iterator[Entry]:
     speakers = _kaldi_table(folder / "utt2spk")
     recordings = _kaldi_table(folder / "wav.scp") if segments else {}
     sides = _kaldi_table(folder / "reco2file_and_channel")
+    if any(side.split()[1:] == ["0"] for side in sides.values()):
+        raise UserError(f"{folder / 'reco2file_and_channel'}: a side 0; the sides of a call are A and B, or 1 and 2",
+                        code=2)  # fmt: skip
     unread = dict.fromkeys(text)
     for key, rest in _kaldi_lines(utterances):
         unread.pop(key, None)
@@ -309,12 +325,18 @@ class Ledger:
 
 
 @contextlib.contextmanager
-def open_ledger(output: str | os.PathLike, max_reject_ratio: float) -> Iterator[Ledger]:
+def open_ledger(
+    output: str | os.PathLike, max_reject_ratio: float, source: str | os.PathLike | None = None,
+    max_broken_ratio: float | None = None,
+) -> Iterator[Ledger]:  # fmt: skip
     """Open `output` and rejected_<its stem>.jsonl beside it; both appear when the block ends.
 
-    UserError, and no output, when there are no rows or more than `max_reject_ratio` of them were rejected.
+    UserError, and no output, when there are no rows, or more than `max_reject_ratio` of them were rejected, or more
+    than `max_broken_ratio` for no rule's reason; code 2 where the output would replace the corpus `source`.
     """
     output = Path(output)
+    if source is not None:
+        refuse_to_replace(source, output)
     rejects = output.with_name(f"rejected_{output.stem}.jsonl")
     for path in (output, rejects):  # what a killed run left behind
         for stale in path.parent.glob(f".{path.name}.*.tmp"):
@@ -327,10 +349,13 @@ def open_ledger(output: str | os.PathLike, max_reject_ratio: float) -> Iterator[
         total = ledger.kept + bad
         reasons = ", ".join(f"{reason} {count}" for reason, count in ledger.reasons.most_common()) or "none"
         logging.info("%s: %d rows in, %d out, %d rejected (%s)", output, total, ledger.kept, bad, reasons)
-        if not ledger.kept or bad > max_reject_ratio * total:
+        broken = sum(count for reason, count in ledger.reasons.items() if reason in BROKEN)
+        too_broken = max_broken_ratio is not None and broken > max_broken_ratio * total
+        if not ledger.kept or bad > max_reject_ratio * total or too_broken:
             output.unlink(missing_ok=True)  # an older output beside new rejects would look finished
             reasons += "".join(f"; first: {ledger.first[reason]}" for reason, _ in ledger.reasons.most_common(1))
+            limit = f"{max_broken_ratio} for broken rows" if too_broken else max_reject_ratio
             raise UserError(
                 f"{output}: only {ledger.kept} of {total} rows were kept (rejected: {reasons}; --max_reject_ratio is "
-                f"{max_reject_ratio}); see {rejects}, then mend the data or raise the limit"
+                f"{limit}); see {rejects}, then mend the data or raise the limit"
             )

@@ -118,20 +118,26 @@ def filter_corpus(args: argparse.Namespace) -> None:
     others = read_others(args.against, args.against_audio)
     settings = {"rules": rules, "check_text": args.filter_annotation_error == "true", "offered": args.expect_band}
     work = functools.partial(on_row, functools.partial(inspect, limits=train_limits(args, rules, total), **settings))
-    heard, wrong, mixed, nameless = Seen(), 0, 0, 0
-    with open_ledger(args.output, args.max_reject_ratio) as ledger:
+    heard, wrong, mixed, nameless, channels = Seen(), 0, 0, 0, set()
+    with open_ledger(args.output, args.max_reject_ratio, args.input, args.max_broken_ratio) as ledger:
         inspected = parallel(work, unique(read_rows(args.input)), args.num_workers, args.dask_scheduler)
         for entry in progress(inspected, total, f"filter {args.split}"):
+            if isinstance(given := entry.row or entry.given, dict):
+                channels.add(segment(given).get("channel"))
             if entry.row and (problem := find_copy(entry.row, heard, others)):
                 entry = Entry(entry.given, None, *problem)
             elif entry.row:
                 heard.add(entry.row["audio_hash"])
                 wrong += args.expect_band not in (None, entry.row["band"])
                 mixed += "channels" in entry.row
-                nameless += not entry.row.keys() & {"call", "speaker"}
+                # Where nobody is known, Kaldi has the key for a speaker.
+                nameless += "call" not in entry.row and entry.row.get("speaker") in (None, entry.row["key"])
             ledger.add(entry)
         if mixed:  # said before the ledger may fail: two sides that are one mix are duplicates
             logging.warning("%d of %d rows are the mix of several channels: no `channel` was given", mixed, ledger.kept)
+        if ledger.reasons["channel_missing"] and 2 in channels and 0 not in channels:
+            raise UserError(f"{args.input}: rows name channel 2, which the audio lacks, and none names channel 0; "
+                            "channels count from 0: take one from each")  # fmt: skip
     if nameless:
         message = "%d of %d rows have no call and no speaker: who is in two sets is not seen, intervals are too narrow"
         logging.warning(message, nameless, ledger.kept)

@@ -15,6 +15,7 @@ import heapq
 import json
 import logging
 import os
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -27,11 +28,13 @@ from corpus_filter import filter_corpus
 from stage0_report import stats, validate
 from telephone.resample import resample
 
+WRITTEN = re.compile("[0-9，。？！]")  # in a text of the style "written"
 PROMPTS = {"written": "语音转写：", "spoken": "语音转写，不进行文本规整："}
 
 
 def split(args: argparse.Namespace) -> None:
     """Cut a dev set in two halves that share no call, no speaker and no recording."""
+    corpus.refuse_to_replace(args.input, args.dev, args.test)
     rows = list(corpus.filtered_rows(args.input))
     groups = corpus.group_rows(rows, ("call", "speaker")) if rows else []
     if len(groups) < 2:
@@ -43,10 +46,17 @@ def split(args: argparse.Namespace) -> None:
     for path, half in zip((args.dev, args.test), halves, strict=True):
         write_jsonl(path, (rows[i] for i in sorted(half)))
     logging.info("%s: %d rows in, %d dev, %d test, %d groups", args.input, len(rows), *map(len, halves), len(groups))
+    if 4 * len(halves[1]) < len(rows):
+        largest = [rows[i] for i in max(groups, key=len)]
+        shared = Counter(row[name] for name in ("speaker", "call", "source") for row in largest if row.get(name))
+        name, count = shared.most_common(1)[0]
+        logging.warning("test has %d of %d rows, as %d hang together, %d of them by %s; give a test set of its own",
+                        len(halves[1]), len(rows), len(largest), count, name)  # fmt: skip
 
 
 def sample(args: argparse.Namespace) -> None:
     """Write some rows of a corpus, bad ones too, chosen by a hash, calls in turn: a trial of what the whole will do."""
+    corpus.refuse_to_replace(args.input, args.output)
     entries = progress(corpus.read_rows(args.input), corpus.count_rows(args.input), "sample")
     pool = heapq.nsmallest(100 * args.rows, entries, key=lambda entry: corpus.hash_share(str(entry.given)))
     taken: Counter[str] = Counter()
@@ -75,19 +85,24 @@ def convert(args: argparse.Namespace) -> None:
     if not marker.exists() or marker.read_text() != fingerprint:
         with atomic_write(marker) as file:
             file.write(fingerprint)
-    count, silent = text_lengths(args.tokenizer), 0
+    count, silent, written = text_lengths(args.tokenizer), 0, 0
     work = functools.partial(format_row, folder=folder, since=marker.stat().st_mtime, args=args)
     work = functools.partial(corpus.on_row, work)
-    with corpus.open_ledger(args.output, args.max_reject_ratio) as ledger:
+    with corpus.open_ledger(args.output, args.max_reject_ratio, args.input) as ledger:
         done = parallel(work, corpus.unique(corpus.read_rows(args.input)), args.num_workers, args.dask_scheduler)
         for batch in batches(progress(done, corpus.count_rows(args.input), "convert"), 1000):
             texts = [entry.row["messages"][-1]["content"] if entry.row else "" for entry in batch]
             silent += texts.count(NO_SPEECH)
+            written += sum(WRITTEN.search(text) is not None for text in texts if text != NO_SPEECH)
             for entry, tokens in zip(batch, count(texts), strict=True):
                 ledger.add(entry._replace(row=entry.row and entry.row | {"text_length": tokens}))
     marker.unlink()
     if silent:
         logging.info("%s: %d rows have no text: nobody speaks in them", args.output, silent)
+    said = ledger.kept - silent
+    if said >= 100 and (written > 0.1 * said if args.text_style == "spoken" else written < 0.1 * said):
+        logging.warning("%s: %d of %d texts have digits or punctuation; does TEXT_STYLE=%s fit, by which the model is "
+                        "asked?", args.output, written, said, args.text_style)  # fmt: skip
 
 
 def format_row(row: dict[str, Any], folder: Path, since: float, args: argparse.Namespace) -> dict[str, Any]:
@@ -156,6 +171,7 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--conf", default="conf/data_filter.yaml", help="Rules on text and audio.")
     add("--split", default="train", choices=corpus.SPLITS, help="Only train is cut by the train_only rules.")
     add("--max_reject_ratio", type=between(0, 1), default=0.5, help="Exit 1 when a larger share is rejected.")
+    add("--max_broken_ratio", type=between(0, 1), help="Exit 1 when more cannot be read. Default: --max_reject_ratio.")
     add("--filter_annotation_error", type=str.lower, choices=("true", "false"), default="true",
         help="Whether the rules on text drop rows.")
     add("--max_speech_length", type=int, default=12000, help="Longest, frames of 10 ms. Default: %(default)s, 120 s.")

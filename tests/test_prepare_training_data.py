@@ -264,6 +264,51 @@ def test_too_many_rejects_fail_and_show_why(tmp_path, corpus):
     assert command("filter", "--input", source, "--output", output, "--max_reject_ratio", "0.4").returncode == 0
 
 
+def test_rules_may_drop_half_but_broken_rows_no_more_than_was_said(tmp_path, corpus):
+    rows = [*corpus, *({"key": f"n{i}", "source": "none.wav", "target": "好"} for i in range(4))]
+    arguments = ["filter", "--input", write_lines(tmp_path / "in.jsonl", rows), "--output", tmp_path / "out.jsonl"]
+    done = command(*arguments, "--max_broken_ratio", "0.3")
+    assert done.returncode == 1 and "audio_missing 4" in done.stderr and "is 0.3 for broken rows" in done.stderr
+    assert not (tmp_path / "out.jsonl").exists() and len(read_lines(tmp_path / "rejected_out.jsonl")) == 4
+    noise = [row | {"target": "[noise]"} if row["source"] == "none.wav" else row for row in rows]
+    write_lines(tmp_path / "in.jsonl", noise)
+    assert command(*arguments, "--max_broken_ratio", "0.3").returncode == 0
+
+
+@pytest.mark.parametrize("step", ["filter", "convert", "sample", "split"])
+def test_a_corpus_is_never_replaced_by_what_is_made_of_it(tmp_path, corpus, step):
+    corpus = [row | {"target": "[noise]"} for row in corpus]  # the filter would have removed an output of no rows
+    source = write_lines(tmp_path / "in.jsonl", corpus)
+    before = source.read_bytes()
+    outputs = ["--dev", tmp_path / "dev.jsonl", "--test", tmp_path / "." / "in.jsonl"] if step == "split" else [
+        "--output", tmp_path / "in.jsonl"]  # fmt: skip
+    done = command(step, "--input", source, *outputs)
+    assert done.returncode == 2 and "in.jsonl is the input" in done.stderr.splitlines()[-1]
+    assert source.read_bytes() == before and not (tmp_path / "dev.jsonl").exists()
+
+
+def test_channels_that_are_counted_from_1_are_not_taken_for_others(tmp_path):
+    soundfile.write(tmp_path / "call.wav", np.stack([murmur(4.0, 8000, seed) for seed in range(2)], 1), 8000)
+    rows = [{"key": f"u{side}", "source": "call.wav", "target": "好", "channel": side} for side in (1, 2)]
+    source, output = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    done = command("filter", "--input", source, "--output", output, "--max_reject_ratio", "1")
+    assert done.returncode == 1 and "channels count from 0" in done.stderr and not output.exists()
+    kept, reasons = filtered(tmp_path, [*rows, rows[0] | {"key": "u0", "channel": 0}])
+    assert [row["key"] for row in kept] == ["u1", "u0"] and reasons == {"u2": "channel_missing"}
+
+
+@pytest.mark.parametrize("place", [{"start": 0.5}, {"offset": 0.5}])
+def test_an_utterance_that_is_placed_by_its_duration_is_not_cut_elsewhere(tmp_path, corpus, place):
+    row = corpus[0] | place | {"duration": 1.0}
+    kept, reasons = filtered(tmp_path, [row, corpus[1] | {"duration": 2.0}])
+    assert [row["key"] for row in kept] == ["u1"] and reasons == {"u0": "bad_field"}
+
+
+def test_a_speaker_who_is_the_key_is_nobody(tmp_path, corpus, caplog):
+    filtered(tmp_path, [row | {"speaker": row["key"]} for row in corpus[:2]])
+    assert "2 of 2 rows have no call and no speaker" in caplog.text
+
+
 @pytest.mark.parametrize(("form", "said"), [
     (b'{"key": "a", "wav": "a.wav", "txt": "x"}\n', "missing_field 1; first: no source, only key, wav, txt;"),
     (b'[\n{"key": "a"}\n]\n', "first: line 1: a JSON array, not JSON lines"),
@@ -437,6 +482,9 @@ def test_the_sides_of_a_kaldi_call_are_its_channels_and_a_mix_is_said(tmp_path):
     found = [(entry.reason, entry.given["call"], entry.row and entry.row.get("channel"))
              for entry in read_rows(tmp_path)]
     assert found == [("", "x", 0), ("", "x", 1), ("", "y", None), ("bad_field", "z", None)]
+    write_lines(tmp_path / "reco2file_and_channel", ("x-A x 0", "x-B x 1"))
+    with pytest.raises(UserError, match="a side 0; the sides of a call are A and B"):
+        list(read_rows(tmp_path))
     write_lines(tmp_path / "reco2file_and_channel", ("x-A x A", "x-B x B", "y-B y B"))
     done = command("filter", "--input", tmp_path, "--output", tmp_path / "o.jsonl", "--split", "dev")
     assert [row.get("channels") for row in read_lines(tmp_path / "o.jsonl")] == [None, None, None, 2]
@@ -501,6 +549,15 @@ def test_a_sample_can_be_split(tmp_path, name):
     assert sorted(row[name] for row in read_lines(tmp_path / "out.jsonl")) == ["0"] * 7 + ["1"] * 3
 
 
+def test_a_split_that_leaves_test_small_says_by_whom_it_hangs_together(tmp_path, caplog):
+    rows = [{"key": f"u{i}", "source": f"/x/{i}.wav", "target": "好", "audio_hash": f"{i}", "call": f"{i % 30}",
+             "speaker": "agent7" if i % 30 else "agent8"} for i in range(60)]  # fmt: skip
+    source, dev, test = write_lines(tmp_path / "in.jsonl", rows), tmp_path / "dev.jsonl", tmp_path / "test.jsonl"
+    main(["split", "--input", str(source), "--dev", str(dev), "--test", str(test)])
+    assert len(read_lines(test)) == 2
+    assert "test has 2 of 60 rows, as 58 hang together, 58 of them by agent7; give a test set" in caplog.text
+
+
 def test_a_sample_of_a_kaldi_folder_is_rejected_for_the_reasons_of_the_folder(tmp_path):
     (tmp_path / "wav.scp").write_text("a sph2pipe -f wav a.sph |\n")
     (tmp_path / "text").write_text("a 好\n")
@@ -521,6 +578,16 @@ def converted(tmp_path, rows, *options, name="train", workers=1):
 
 def path_of(row):
     return row["messages"][1]["content"].split("|>!")[1].removesuffix("<|endofspeech|>")
+
+
+@pytest.mark.parametrize(("style", "text", "warned"), [
+    ("spoken", "一共三百元", False), ("spoken", "一共300元", True), ("written", "一共三百元", True),
+    ("written", "一共300元。", False),
+])  # fmt: skip
+def test_a_text_style_that_does_not_fit_the_corpus_is_said(tmp_path, corpus, caplog, style, text, warned):
+    rows = [corpus[0] | {"key": f"u{i}", "target": text} for i in range(100)]
+    converted(tmp_path, rows, "--do_upsample", "--text_style", style)
+    assert (f"TEXT_STYLE={style} fit" in caplog.text) == warned
 
 
 def test_a_formatted_row_is_what_funasr_reads(tmp_path, corpus):

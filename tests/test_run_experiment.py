@@ -413,10 +413,12 @@ def test_an_overlay_is_laid_over_the_stages_it_has_a_file_for(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("given", "filtering"), [("0.05", "0.5"), ("0", "0.5"), (".49", "0.5"), ("0.9", "0.9")]
 )
-def test_the_filter_may_drop_half_of_the_rows_or_more_where_that_is_asked_for(recipe, given, filtering):
+def test_rules_may_drop_half_of_the_rows_or_more_where_that_is_asked_for(recipe, given, filtering):
     assert recipe(-1, 0, max_reject_ratio=given).returncode == 0
     limits = {call[1]: options_of(call).get("--max_reject_ratio") for call in recipe.calls()}
     assert (limits["filter"], limits["convert"]) == (filtering, given)
+    broken = [options_of(call)["--max_broken_ratio"] for call in recipe.calls() if "filter" in call[:2]]
+    assert broken and set(broken) == {given}
 
 
 def test_dev_is_split_only_where_no_test_set_is_given(recipe, tmp_path):
