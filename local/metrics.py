@@ -29,6 +29,8 @@ MARKUP = re.compile(r"<\|[^|<>]*\|>")
 UNSEEN = re.compile("[\ufe00-\ufe0f\u20e3\U000e0100-\U000e01ef]")  # variation selectors of emoji and Han, key caps
 SPACE_AT_CJK = re.compile(rf"(?<=[{CJK}])\s+|\s+(?=[{CJK}])")
 DIGITS = str.maketrans("0123456789", "零一二三四五六七八九")
+# Under it an interval of 95 % holds the rate in 47 % (of two groups), 73 % (three) or 86 % (four) of cases.
+MIN_GROUPS = 5
 # A stretch of up to 12 characters five times in a row.
 LOOP = re.compile(r"(.{1,12}?)\1{4}")
 # Bounds between the groups that error rates are broken down by.
@@ -156,7 +158,7 @@ def keyword_rates(wanted: np.ndarray, heard: np.ndarray, found: np.ndarray) -> d
 def bootstrap(
     clusters: Sequence[Any], errors: np.ndarray, lengths: np.ndarray, resamples: int = 2000
 ) -> tuple[float | None, float | None]:
-    """95 % interval of sum(errors) / sum(lengths), resampling whole clusters. (None, None) for less than two."""
+    """95 % interval of sum(errors) / sum(lengths), resampling whole clusters; (None, None) for under MIN_GROUPS."""
     result = _resample(clusters, errors, lengths, resamples)
     return tuple(map(float, result.confidence_interval)) if result else (None, None)
 
@@ -166,8 +168,8 @@ def paired_p_value(
 ) -> float | None:
     """Two-sided p-value of a difference in rate between two models on the same utterances, by bootstrap.
 
-    It is below 0.05 where 0 is outside the interval that `bootstrap` gives of the difference: widened alike. With
-    2000 resamples it never is for less than five clusters, as one resample is counted to either side.
+    It is below 0.05 where 0 is outside the interval that `bootstrap` gives of the difference: widened alike. None for
+    under MIN_GROUPS clusters.
     """
     result = _resample(clusters, errors - base_errors, lengths, resamples)
     if result is None:
@@ -182,7 +184,7 @@ def _resample(clusters: Sequence[Any], values: np.ndarray, lengths: np.ndarray, 
     _, cluster = np.unique(np.asarray(clusters), return_inverse=True)
     values, lengths = np.bincount(cluster, weights=values), np.bincount(cluster, weights=lengths)
     n = len(values)
-    if n < 2 or lengths.sum() == 0:
+    if n < MIN_GROUPS or lengths.sum() == 0:
         return None
 
     def ratio(values, lengths, axis):

@@ -27,7 +27,6 @@ from nano.train_log import read_log
 SETS = {"real_test": "recorded calls", "simulated_test": "simulated calls", "wideband_test": "wideband speech",
         "no_speech": "no speech"}
 TELEPHONE = ("real_test", "simulated_test")  # the first that was scored makes the headline
-MIN_GROUPS = 5  # with fewer, metrics.paired_p_value is never below 0.05
 MAX_SILENCE_GAIN = 5.0  # characters a minute where nobody speaks that the final model may write over the base
 MAX_SILENCE = 10.0  # and above this the report says what to do about it
 AUDIO_SECONDS = 20.0  # of a recording that go into the file
@@ -98,8 +97,9 @@ def judge(summary: list[dict[str, Any]], max_wideband_loss: float) -> dict[str, 
                for name in SETS if name not in pairs and name != "simulated_test"]
     if final["p_value"] is None or final["p_value"] >= 0.05 or final["cer"] >= base["cer"]:
         unsure = f"on {SETS[calls]} the final model is not reliably better than the base (p = {p_value})"
-        if final["groups"] < MIN_GROUPS:
-            unsure += f"; groups that share no call and no speaker: {final['groups']}, to tell it takes {MIN_GROUPS}"
+        if final["groups"] < metrics.MIN_GROUPS:
+            unsure += (f"; groups that share no call and no speaker: {final['groups']}, to tell it takes "
+                       f"{metrics.MIN_GROUPS}")  # fmt: skip
         against.append(unsure)
     if (simulated := pairs.get("simulated_test")) and calls != "simulated_test":
         old, new = simulated

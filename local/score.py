@@ -217,8 +217,10 @@ def main() -> None:
     for one in scored:
         if bases.get(one.test_set, one).keys != one.keys:
             logging.warning("%s: %s has not the rows of base, in their order: no p-value", one.test_set, one.model)
-    for test_set in dict.fromkeys(one.test_set for one in scored if len(one.rows) > 1 and not one.clusters.any()):
-        logging.warning("%s: no intervals, as all its rows share a call or a speaker, if by way of others", test_set)
+    for test_set, rows in {one.test_set: row for one, row in zip(scored, summary, strict=True)}.items():
+        if rows["groups"] < metrics.MIN_GROUPS:
+            logging.warning("%s: no intervals and no p-values, for which it takes %d groups that share no call and no "
+                            "speaker; here are %d", test_set, metrics.MIN_GROUPS, rows["groups"])  # fmt: skip
     logging.info("%d transcripts scored, %s", len(scored), args.output)
     if args.choose:
         choice = choose_alpha(summary, args.max_wideband_loss)

@@ -261,11 +261,11 @@ def transcript_rows(model, test_set, hypotheses, references):
 
 
 def test_summary_holds_the_rows_of_the_contract(tmp_path):
-    references = ["我要退款", "逾期了吗", "好的"]
+    references = ["我要退款", "逾期了吗", "好的", "可以", "再见"]
     for model, test_set, hypotheses, truth in (
-        ("base", "real_test", ["我要腿款", "", "好的好的好的好的好的好的"], references),
-        ("final", "real_test", ["我要退款", "预期了吗", "好的"], references),
-        ("base", "no_speech", ["嗯嗯", "", ""], ["", "", ""]),
+        ("base", "real_test", ["我要腿款", "", "好的好的好的好的好的好的", "可以", "再见"], references),
+        ("final", "real_test", ["我要退款", "预期了吗", "好的", "可以", "再见"], references),
+        ("base", "no_speech", ["嗯嗯", "", "", "", ""], [""] * 5),
     ):
         write_jsonl(tmp_path / "t" / f"{model}.{test_set}.jsonl", transcript_rows(model, test_set, hypotheses, truth))
     conf = write_conf(tmp_path / "conf.yaml")
@@ -275,13 +275,13 @@ def test_summary_holds_the_rows_of_the_contract(tmp_path):
     rows = {(row["model"], row["test_set"]): row for row in json.loads((tmp_path / "summary.json").read_text("utf-8"))}
     base, final, silence = rows["base", "real_test"], rows["final", "real_test"], rows["base", "no_speech"]
     assert {"model", "test_set", "utterances", "cer", "cer_low", "cer_high", "wer", "kwer"} <= base.keys()
-    assert base["cer"] == pytest.approx((1 + 4 + 10) / 10) and (base["loops"], base["empties"]) == (1, 1)
-    assert final["cer"] == pytest.approx(0.1) and base["cer_low"] <= base["cer"] <= base["cer_high"]
+    assert base["cer"] == pytest.approx((1 + 4 + 10) / 14) and (base["loops"], base["empties"]) == (1, 1)
+    assert final["cer"] == pytest.approx(1 / 14) and base["cer_low"] <= base["cer"] <= base["cer_high"]
     assert base["kwer"] == 1.0 and final["kwer"] == 0.0  # 逾期|预期 is one keyword
     assert [final[f"keyword_{name}"] for name in ("recall", "precision", "f1")] == [1.0, 1.0, 1.0]
     assert [base[f"keyword_{name}"] for name in ("recall", "precision", "f1")] == [0.0, None, 0.0]
-    assert base["groups"] == 3 and base["p_value"] is None and 0 < final["p_value"] <= 1
-    assert silence["cer"] is None and silence["chars_per_minute"] == pytest.approx(2 / 0.15)
+    assert base["groups"] == 5 and base["p_value"] is None and 0 < final["p_value"] <= 1
+    assert silence["cer"] is None and silence["chars_per_minute"] == pytest.approx(2 / 0.25)
     assert base["chars_per_minute"] is None and base["chars_per_minute_low"] is None
     assert silence["chars_per_minute_low"] == 0 and silence["chars_per_minute_high"] > silence["chars_per_minute"]
     details = json.loads((tmp_path / "details.json").read_text("utf-8"))
@@ -333,12 +333,12 @@ def test_that_one_agent_in_every_call_leaves_no_interval_is_said(tmp_path):
     rows = [row | {"call": f"c{n // 2}", "speaker": "agent" if n % 2 else f"s{n}"} for n, row in enumerate(rows)]
     write_jsonl(tmp_path / "t/final.real_test.jsonl", rows)
     done = helper("score.py", "--transcripts", tmp_path / "t", "--output", tmp_path / "s.json")
-    assert done.stderr.count("real_test: no intervals, as all its rows share a call or a speaker") == 1
+    assert done.stderr.count("real_test: no intervals and no p-values, for which it takes 5 groups") == 1
     assert [json.loads((tmp_path / "s.json").read_text())[0][name] for name in ("cer", "cer_low")] == [0.5, None]
 
 
 def test_transcripts_of_other_rows_are_not_compared_in_silence(tmp_path):
-    for model, rows in (("base", 3), ("final", 2)):
+    for model, rows in (("base", 6), ("final", 5)):
         write_jsonl(tmp_path / f"t/{model}.real_test.jsonl",
                     transcript_rows(model, "real_test", ["好"] * rows, ["好的"] * rows))  # fmt: skip
     done = helper("score.py", "--transcripts", tmp_path / "t", "--output", tmp_path / "s.json")

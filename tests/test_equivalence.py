@@ -14,7 +14,7 @@ import nano.layers
 from common import UserError
 from nano.batch_size import heaviest, largest
 from nano.layers import compile_layers, inside
-from nano.model import FunASRNano
+from nano.model import FunASRNano, normalised
 
 MODULES = ("audio_encoder", "audio_adaptor", "ctc_decoder")
 STAGE_TRAINS = {1: {"audio_encoder"}, 2: {"audio_adaptor", "ctc_decoder"}, 3: set()}
@@ -173,6 +173,21 @@ def test_the_ctc_loss_of_an_utterances_own_symbols_is_that_of_all_symbols(folder
     (expected, expected_gradients), (loss, gradients) = results
     assert loss == pytest.approx(expected, rel=1e-6)
     assert_same(gradients, expected_gradients)
+
+
+@pytest.mark.parametrize(("text", "written"), [
+    ("您好，请问是王先生吗？", "您好请问是王先生吗"), ("What can you do?", "what can you do"), ("ＡＢＣ１２", "abc12"),
+    ("利率3.5%。", "利率3.5%"), ("我用 App 打电话, OK", "我用 app 打电话 ok"), ("don't…", "don't"), ("。", ""),
+])  # fmt: skip
+def test_the_ctc_branch_is_asked_for_what_the_released_one_writes(text, written):
+    assert normalised(text) == written
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_folder_says_whether_the_ctc_text_is_normalised(folder, asked):
+    model = build(folder, 2, ctc_weight=0.3, dataset_conf={"ctc_target_normalize": asked})
+    _different, _places, counts, _frames = model._ctc_targets([{"assistant": ["一，二。"]}], torch.tensor([20]))
+    assert (counts == [2]) == asked
 
 
 def test_masks_take_no_more_than_a_quarter_of_a_row_and_no_frame_of_one_they_would_take_more_of(folder):

@@ -155,7 +155,15 @@ def test_p_value_tells_a_better_model_from_an_equal_one():
     assert metrics.paired_p_value(clusters, base, base, lengths) == 1.0
 
 
-@pytest.mark.parametrize("calls", [2, 3, 5, 12])
+def test_fewer_than_five_calls_have_no_interval_and_no_p_value():
+    errors, lengths = np.arange(8), np.full(8, 20)
+    assert metrics.bootstrap([f"call{i % 4}" for i in range(8)], errors, lengths) == (None, None)
+    assert metrics.paired_p_value([f"call{i % 4}" for i in range(8)], errors, errors[::-1], lengths) is None
+    low, high = metrics.bootstrap([f"call{i % 5}" for i in range(8)], errors, lengths)
+    assert low < errors.sum() / lengths.sum() < high
+
+
+@pytest.mark.parametrize("calls", [5, 12])
 def test_equal_models_seldom_differ_however_few_the_calls(calls):
     """Two models of the same rate, which differ from call to call: below 0.05 in one of twenty cases or fewer."""
     rng, runs, found = np.random.default_rng(calls), 400, 0

@@ -13,7 +13,7 @@ from score import choose_alpha
 def make_lora_state(rank=4):
     torch.manual_seed(0)
     return {
-        "llm.q_proj.weight": torch.randn(8, 6, dtype=torch.bfloat16),
+        "llm.q_proj.weight": torch.randn(8, 6),
         "llm.q_proj.lora_A": torch.randn(rank, 6),
         "llm.q_proj.lora_B": torch.randn(8, rank),
         "llm.q_proj.bias": torch.randn(8),
@@ -31,6 +31,23 @@ def test_folding_adds_the_scaled_product_in_float32_and_drops_the_pair(tmp_path)
     assert folded["llm.q_proj.weight"].dtype == torch.float32
     torch.testing.assert_close(folded["llm.q_proj.weight"].double(), expected, atol=1e-5, rtol=1e-5)
     assert folded["encoder.weight"].equal(state["encoder.weight"])
+
+
+@pytest.mark.parametrize("alpha", [0.25, 1.0])
+def test_an_llm_of_bfloat16_keeps_updates_that_are_smaller_than_its_steps(alpha):
+    torch.manual_seed(0)
+    down, up = torch.randn(16, 1024) / 32, 1.5e-4 * torch.randn(256, 16)
+    base = {"llm.q_proj.weight": (0.03 * torch.randn(256, 1024)).bfloat16()}
+    pair = {"llm.q_proj.lora_A": down, "llm.q_proj.lora_B": up}
+    adapted = weights.fold_lora(base | pair, {"r": 16, "lora_alpha": 32})
+    mixed, again = (weights.interpolate(base, adapted, alpha)["llm.q_proj.weight"] for _ in range(2))
+    assert mixed.equal(mixed.bfloat16().float()) and mixed.equal(again)
+    heard = torch.randn(64, 16) @ down
+    wanted, found = heard @ (alpha * 2 * (up @ down)).T, heard @ (mixed - base["llm.q_proj.weight"].float()).T
+    assert (wanted * found).sum() / wanted.square().sum() == pytest.approx(1, abs=0.02)
+    nearest = (base["llm.q_proj.weight"].float() + alpha * 2 * (up @ down)).bfloat16()
+    lost = heard @ (nearest.float() - base["llm.q_proj.weight"].float()).T
+    assert (wanted * lost).sum() / wanted.square().sum() < 0.8, "what it is for"
 
 
 def test_lora_without_its_settings_or_of_another_rank_is_refused(tmp_path):

@@ -2,7 +2,8 @@
 
 Importing this module registers the class under FunASR's own name, so a model folder's `model: FunASRNano` builds it.
 What differs from funasr/models/fun_asr_nano/model.py (1.4.16):
-  * `forward` adds ctc_weight x CTC loss (encoder -> ctc_decoder -> ctc); upstream has none, so CTC weights never moved;
+  * `forward` adds ctc_weight x CTC loss (encoder -> ctc_decoder -> ctc); upstream has none, so CTC weights never moved.
+    Its text has no case and no punctuation where the folder says `ctc_target_normalize`, as the released one does;
   * SpecAugment takes no frame of a row of which it would take over a quarter: upstream's masks know nothing of lengths;
   * frozen modules stay in eval mode when the trainer calls train(): upstream turned their dropout on;
   * LoRA parameters are fp32 beside a bf16 LLM: in bf16 steps of 1e-5 are rounded away;
@@ -18,6 +19,8 @@ What differs from funasr/models/fun_asr_nano/model.py (1.4.16):
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from typing import Any
 
 import torch
@@ -30,6 +33,9 @@ from nano.layers import compile_layers, fuse_attention, inside, own_and_others
 
 IGNORE = -100
 SPARED = 0.25  # of a row's frames
+# But for per cent, the point in a number and the apostrophe in a word.
+PUNCTUATION = re.compile(r"(?!%|(?<=\d)\.(?=\d)|(?<=[a-z])'(?=[a-z]))[^\w\s]")
+SPACE_IN_HAN = re.compile(r"(?<=[\u2e80-\U0003ffff])\s+(?=[\u2e80-\U0003ffff])")
 
 
 @tables.register("model_classes", "FunASRNano")
@@ -47,6 +53,7 @@ class FunASRNano(stock.FunASRNano):
             fuse_attention(self)
         if compiled_layers and torch.cuda.is_available():
             compile_layers(self)
+        self.ctc_text = normalised if kwargs.get("dataset_conf", {}).get("ctc_target_normalize") else str
         self.specaug = tables.specaug_classes.get(specaug)(**(specaug_conf or {})) if specaug else None
         # Upstream freezes ctc_decoder by its conf but has no switch for the output layer behind it.
         if self.ctc_decoder is not None and kwargs.get("ctc_decoder_conf", {}).get("freeze", False):
@@ -145,7 +152,7 @@ class FunASRNano(stock.FunASRNano):
         Each row's different symbols (batch, n), the blank first, filled up with -1; for all symbols of all rows in a
         row, their places among these; how many symbols each row has, and how many decoded frames.
         """
-        texts = [self.ctc_tokenizer.encode(row["assistant"][0].replace(NO_SPEECH, "")) for row in rows]
+        texts = [self.ctc_tokenizer.encode(self.ctc_text(row["assistant"][0].replace(NO_SPEECH, ""))) for row in rows]
         symbols = (dict.fromkeys([self.blank_id, *text]) for text in texts)
         owned = [{symbol: place for place, symbol in enumerate(own)} for own in symbols]
         places = [own[symbol] for own, text in zip(owned, texts, strict=True) for symbol in text]
@@ -169,6 +176,16 @@ class FunASRNano(stock.FunASRNano):
         # By symbol, as PyTorch's mean has it, but of a row without text by frame: it would outweigh all others.
         units = [symbols or blanks for symbols, blanks in zip(counts, frames, strict=True)]
         return (losses / torch.tensor(units).to(losses.device, non_blocking=True)).mean()
+
+
+def normalised(text: str) -> str:
+    """A text as the released CTC branch writes it (`ctc_text` beside the LLM's `text`): no case, no punctuation.
+
+    Stage 1 pulls the encoder through that branch, which is frozen: it would learn to say the comma. The code that
+    made the branch's targets is not published; digits are left as they are.
+    """
+    letters = PUNCTUATION.sub(" ", unicodedata.normalize("NFKC", text).lower())
+    return SPACE_IN_HAN.sub("", " ".join(letters.split()))
 
 
 def spare_short(speech: torch.Tensor, masked: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -53,22 +53,37 @@ def load_folded(path: str | os.PathLike) -> State:
 
 
 def fold_lora(state: State, lora: Mapping[str, Any] | None) -> State:
-    """Add each LoRA pair to its weight, W + lora_alpha / r * B A, and drop the pair.
-
-    Computed and kept in float32: in bfloat16 most of a small update would be rounded away before it is scaled.
-    """
+    """Add each LoRA pair to its weight, W + lora_alpha / r * B A, and drop the pair; in float32, and `as_fine_as` W."""
     folded = {name: tensor for name, tensor in state.items() if not name.endswith((".lora_A", ".lora_B"))}
     for name in [name for name in state if name.endswith(".lora_A")]:
         stem = name.removesuffix(".lora_A")
         down, up = state[name].float(), state[f"{stem}.lora_B"].float()
         if down.shape[0] != lora["r"]:
             raise UserError(f"{stem}: LoRA of rank {down.shape[0]}, but the checkpoint says r = {lora['r']}")
-        folded[f"{stem}.weight"] = state[f"{stem}.weight"].float() + lora["lora_alpha"] / lora["r"] * (up @ down)
+        weight = state[f"{stem}.weight"].float()
+        sum_of_both = weight + lora["lora_alpha"] / lora["r"] * (up @ down)
+        folded[f"{stem}.weight"] = as_fine_as(weight, sum_of_both, stem)
     return folded
 
 
+def as_fine_as(old: torch.Tensor, new: torch.Tensor, name: str) -> torch.Tensor:
+    """`new`, float32; where `old` has no finer steps than bfloat16's, in those, up or down by chance, by name.
+
+    An LLM that runs in bfloat16 would round it to the nearest step: most of an update of half a step and less would be
+    gone (of a quarter of an update of 0.5 % of the weights, 40 %). By chance its mean stays (stochastic rounding: Gupta
+    et al., "Deep learning with limited numerical precision", 2015), and so does what a product sums over a row.
+    """
+    if not torch.equal(old, old.bfloat16().float()):
+        return new
+    seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") >> 1
+    chance = torch.randint(1 << 16, new.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int32)
+    # The lower half of a float32 is what bfloat16 lacks; a number that has none there stays.
+    return ((new.contiguous().view(torch.int32) + chance) & -(1 << 16)).view(torch.float32)
+
+
 def interpolate(base: State, adapted: State, alpha: float) -> State:
-    """(1 - alpha) * base + alpha * adapted for every tensor, computed in float32, in the dtype of `adapted`.
+    """(1 - alpha) * base + alpha * adapted for every tensor, computed in float32, in the dtype of `adapted`; of the LLM
+    `as_fine_as` the base.
 
     Tensors that training left alone stay bit-identical, tied tensors (embedding and output layer) stay tied, and
     a CTC branch or output layer that `base` lacks is that of `adapted`.
@@ -87,7 +102,10 @@ def interpolate(base: State, adapted: State, alpha: float) -> State:
         if tied not in done:
             # torch.lerp gives exactly `old` at 0 and exactly `new` at 1.
             moved = new.is_floating_point() and not torch.equal(old, new)
-            done[tied] = torch.lerp(old.float(), new.float(), alpha).to(new.dtype) if moved else new
+            between = torch.lerp(old.float(), new.float(), alpha) if moved else new
+            if moved and name.startswith("llm."):
+                between = as_fine_as(old.float(), between, name)
+            done[tied] = between.to(new.dtype)
         mixed[name] = done[tied]
     return mixed
 
