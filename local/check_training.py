@@ -11,8 +11,6 @@ an epoch, the loss is finite and fell.
 Exit 1 with what is wrong and what to do. docs/traps.md lists what FunASR 1.4.16 does instead, without a word.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

@@ -8,8 +8,6 @@ Writes OUTPUT_DIR/<model>.<test_set>.jsonl with rows {"key", "hyp", "ref", "seco
 is the folder's own model.pt. Transcripts whose checkpoint, test set and settings are unchanged are kept.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -7,8 +7,6 @@ Writes OUTPUT/model_dir.txt (the folder's absolute path) and OUTPUT/check.json (
 or not). FunASR itself starts from random weights, with a warning at most, when a file or a tensor is missing.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

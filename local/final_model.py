@@ -11,8 +11,6 @@ The exported folder loads in stock funasr.AutoModel: what the source folder's co
 LoRA folded, README.md with the lines that load it, MODEL_CARD.md made from the run.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime
 import json

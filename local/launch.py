@@ -3,8 +3,6 @@
     python local/launch.py --nproc_per_node 2 --master_port 29500 local/train.py --stage_conf ...   # torchrun's options
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 

@@ -6,8 +6,6 @@
 Alignments are jiwer's, intervals scipy's. Every function takes normalised text unless it says raw.
 """
 
-from __future__ import annotations
-
 import bisect
 import os
 import re

@@ -6,8 +6,6 @@ Everything shown is read from what the stages left: scores, transcripts, logs, r
 is named as missing. `--report_audio false` keeps the callers' voices out of the file.
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import io

@@ -8,8 +8,6 @@ loss, duration, speaker and corpus, every keyword, the most frequent confusions,
 fractions. With --choose it also picks, among models named alpha_0.25, alpha_0.50 ..., the best mix with the base.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import re
@@ -58,7 +56,7 @@ class Scored:
         for number, group in enumerate(group_rows(rows, ("call", "speaker"))):
             self.clusters[group] = number
 
-    def summary(self, base: Scored | None, resamples: int) -> dict[str, Any]:
+    def summary(self, base: "Scored | None", resamples: int) -> dict[str, Any]:
         """The row of summary.json. `base` gives the paired p-value; None leaves it out."""
         counts, wanted, found = self.characters, self.wanted.sum(axis=1), self.found.sum(axis=1)
         words = metrics.count(self.references, self.hypotheses, "word")

@@ -13,8 +13,6 @@ work moved aside first; 1: that would replace work, and neither --force true nor
 --after, whose work this one reads, is not done, or was made from another checkpoint or base model than there is now.
 """
 
-from __future__ import annotations
-
 import argparse
 import fcntl
 import json

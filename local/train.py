@@ -8,8 +8,6 @@ Writes checkpoints, averaged.pt, config.yaml, run.json and tensorboard/ into --o
 checkpoint there. `torchrun` starts one process a GPU with the same command line.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging

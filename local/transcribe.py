@@ -7,8 +7,6 @@ OUTPUT_DIR/<name>.txt for people and <name>.json for programs. A transcript whos
 unchanged is kept, so that a folder that was interrupted goes on.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import hashlib

@@ -6,8 +6,6 @@ Tried, not estimated: a step on what stands for two batches of the epoch, the on
 and the one that does for the LLM.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Any

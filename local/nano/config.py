@@ -8,8 +8,6 @@ FunASR takes any key and leaves what it does not know in **kwargs. So a stage YA
 other; tests/test_keys.py gives each of them two values and shows what differs in the installed FunASR.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import difflib

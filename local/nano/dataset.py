@@ -13,8 +13,6 @@ Importing this module registers its classes under FunASR's own names. What diffe
   * filter-bank features are made in PyTorch, on CPU and GPU machines alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

@@ -4,8 +4,6 @@
     recogniser.transcribe([Utterance("call-1", samples, recogniser.prompt())])
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import os

@@ -6,8 +6,6 @@
 From funasr/models/sense_voice/model.py, models/llm_asr/adaptor.py and models/transformer/attention.py (1.4.16).
 """
 
-from __future__ import annotations
-
 import logging
 import shutil
 import sysconfig

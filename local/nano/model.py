@@ -17,8 +17,6 @@ What differs from funasr/models/fun_asr_nano/model.py (1.4.16):
   * `compiled_layers` lets torch.compile fuse the small operations of each layer, on a GPU. Same loss within bf16 noise.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from typing import Any
@@ -70,7 +68,7 @@ class FunASRNano(stock.FunASRNano):
         if self.ctc_decoder is not None and not any(p.requires_grad for p in self.ctc.parameters()):
             super().on_pretrained_model_loaded(loaded_keys)
 
-    def train(self, mode: bool = True) -> FunASRNano:
+    def train(self, mode: bool = True) -> "FunASRNano":
         """Set train mode for what is trained only.
 
         Goes by train(False), never eval(): FunASR's LoRA layer folds itself into the frozen weight on its own eval().

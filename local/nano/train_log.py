@@ -4,8 +4,6 @@
     curve = [(row["total_step"], row["loss"]) for row in rows if row["tag"] == "train"]
 """
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

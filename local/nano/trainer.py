@@ -17,8 +17,6 @@ Set as `funasr.bin.train_ds.Trainer` by local/train.py. What differs from funasr
   * it counts how often each row was used in an epoch, and run.json says so ("rows_used").
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -4,8 +4,6 @@
     save_atomically({"state_dict": interpolate(base, state, alpha=0.5), "lora": None}, "final.pt")
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import pickle
