@@ -25,7 +25,7 @@ EOF
 }
 
 # --- how a stage runs ----------------------------------------------------------------------------------------------
-run_stage() {  # NUMBER FUNCTION: the function, unless TITLE's work is done; READS SETTINGS WRITES FOLDERS LOG are set
+run_stage() {  # NUMBER FUNCTION: it, unless TITLE's work is done; READS SETTINGS WRITES FOLDERS LOG [CHECK] are set
   local stage=$1 body=$2 code=0 began=$SECONDS folder option
   local marker=("$PYTHON" local/stage_status.py) facts=(--stage "$stage" --output_root "$EXP_OUTPUT" --inputs
     "${READS[@]}" --config)
@@ -34,7 +34,8 @@ run_stage() {  # NUMBER FUNCTION: the function, unless TITLE's work is done; REA
   "${marker[@]}" check "${facts[@]}" --force "$FORCE" --on_change "$ON_CHANGE" --after "${AFTER[@]}" || code=$?
   case $code in 0) return ;; 3 | 4) ;; *) exit "$code" ;; esac
   if ((NODE_RANK == 0)); then
-    for folder in "${FOLDERS[@]}"; do
+    ((code == 3)) || "$CHECK" "$WORK/check" || fail "stage $stage would not start, see above; nothing was moved" $?
+    for folder in "${FOLDERS[@]}" "$EXP_OUTPUT/status/stage$stage.json"; do
       if ((code == 4)) && [[ -e $folder ]]; then mv -- "$folder" "$folder.old.$(date +%Y%m%d_%H%M%S)"; fi
     done
     "${marker[@]}" start "${facts[@]}"
@@ -55,7 +56,6 @@ needs() {  # STAGE FILE...: what an earlier stage has to have written, and, as m
   ((NODE_RANK > 0)) || AFTER+=("$1")
   for file in "${@:2}"; do [[ -s $file ]] || fail "no $file; run stage $1 first: bash run_experiment.sh $1"; done
 }
-
 refuse_if() { if (($#)); then echo refuse; else echo redo; fi; }  # FILE...: work not to be replaced unasked
 
 needs_model() {  # -> MODEL_DIR
@@ -84,8 +84,7 @@ stage_0() {
 }
 
 prepare_data() {
-  local split sources=() raw=("$WORK"/raw_{dev,test}.jsonl) real=("$WORK"/real_{dev,test}.jsonl)
-  local -A on=([train1]=1)
+  local split sources=() raw=("$WORK"/raw_{dev,test}.jsonl) real=("$WORK"/real_{dev,test}.jsonl); local -A on=([train1]=1)
   rm -f "$WORK"/rejected_*  # of a run that was stopped; every step writes its own again
   held_out raw "$RAW_16K_DEV" "$RAW_16K_TEST"
   held_out real "$REAL_8K_DEV" "$REAL_8K_TEST" --against_audio "${raw[@]}"
@@ -100,10 +99,10 @@ prepare_data() {
     convert "$WORK/real_$split.jsonl" "$REAL" "$split" audio_upsampled "$WORK"/rejected_real_"$split"*.jsonl
     convert "$WORK/raw_$split.jsonl" "$WIDE" "$split" audio "$WORK"/rejected_raw_"$split"*.jsonl
   done
-  no_speech train 300; no_speech test 60; validate
+  no_speech train 300; no_speech test 60; validate "${TRAIN_DATA[@]}" "${TEST_DATA[@]}"
   "${PREPARE[@]}" stats --data_dir "$DATA" --source "${sources[@]}"
 }
-validate() { "${PREPARE[@]}" validate --fs "$FRONTEND_FS" --input "${TRAIN_DATA[@]}" "${TEST_DATA[@]}"; }
+validate() { "${PREPARE[@]}" validate --fs "$FRONTEND_FS" --input "$@"; }
 no_speech() {  # SPLIT COUNT -> calls on which nobody speaks
   "${simulate[@]}" --no_speech_probe "$2" --split "$1" --output "$WORK/no_speech_$1.jsonl" \
     --output_audio_dir "$SILENCE/audio"
@@ -122,11 +121,9 @@ held_out() {  # NAME DEV TEST [option...] -> work/NAME_{dev,test}.jsonl: no spea
 
 filter() {  # NAME SPLIT IN [option...] -> work/NAME_SPLIT.jsonl
   local -A band=([raw]=wideband [real]=telephone) folder=([raw]=$SIM [real]=$REAL)
-  local most=$MAX_REJECT_RATIO; if [[ $most =~ ^0*(\.[0-4].*)?$ ]]; then most=0.5; fi  # the larger of the two
   sources+=("${folder[$1]##*/}/$2=$3")
   "${PREPARE[@]}" filter --conf "$FILTER_CONF" --expect_band "${band[$1]}" --max_speech_length "$MAX_SPEECH_LENGTH" \
-    --max_broken_ratio "$MAX_REJECT_RATIO" --split "${2%,*}" --input "$3" --output "$WORK/$1_$2.jsonl" \
-    "${WORKERS[@]}" --max_reject_ratio "$most" "${@:4}"
+    --split "${2%,*}" --input "$3" --output "$WORK/$1_$2.jsonl" "${LIMITED[@]}" "${@:4}"
 }
 
 convert() {  # IN FOLDER SPLIT AUDIO_DIR REJECTED... -> FOLDER/SPLIT_formatted.jsonl, the rejects of all steps
@@ -146,48 +143,54 @@ train_stage() {  # NUMBER TITLE SHARE
   if ((N == 1)); then PARENT=$MODEL_DIR/model.pt; fi
   if [[ -n $INIT_CHECKPOINT ]] && ((N == (STAGE > 1 ? STAGE : 1))); then PARENT=$INIT_CHECKPOINT; fi
   ((NODE_RANK == 0)) || LOG=$EXP_OUTPUT/logs/stage$1.machine$NODE_RANK.log
-  [[ $PARENT == "$INIT_CHECKPOINT" ]] || needs $((N > 1 ? N - 1 : -1)) "$PARENT"
-  CONFS=(--stage_conf "conf/${NAMES[$1]}.yaml")
+  if [[ $PARENT == "$INIT_CHECKPOINT" ]]; then TITLE+=", from $PARENT"; else needs $((N > 1 ? N - 1 : -1)) "$PARENT"; fi
+  CONFS=(--stage_conf "conf/${NAMES[$1]}.yaml") CHECK=prepare
   [[ -f $STAGE_OVERLAY_DIR/${NAMES[$1]}.yaml ]] && CONFS+=(--overlay "$STAGE_OVERLAY_DIR/${NAMES[$1]}.yaml")
   READS=("${CONFS[1]}" "${CONFS[3]:-}" "$PARENT" "$MODEL_DIR/config.yaml" "${TRAIN_DATA[@]}")
+  ((N > 1)) || READS+=("$MODEL_DIR/model.pt")  # stage 4 compares with it, whatever INIT_CHECKPOINT is
   SETTINGS=(FRONTEND_FS SEED MAX_SPEECH_LENGTH WIDEBAND_REPLAY NO_SPEECH_SHARE "$3")
   WRITES=("$DIR"/{averaged.pt,run.json,trainlist.jsonl}) FOLDERS=("$DIR") ON_CHANGE=$(refuse_if "$DIR"/model.pt*)
   run_stage "$N" train
 }
 
+prepare() {  # FOLDER -> its lists for training, with which it would start
+  FACTS=("${CONFS[@]}" --model_dir "$MODEL_DIR" --init_checkpoint "$PARENT" --train_list "$1/trainlist.jsonl"
+    --valid_list "$1/valid.jsonl" --output_dir "$1" --frontend_fs "$FRONTEND_FS")
+  GPUS=${NGPU:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')} GPUS=$((GPUS > 0 ? GPUS : 1))
+  validate "${TRAIN_DATA[@]}" "${TEST_DATA[@]}" &&
+    "$PYTHON" local/make_train_list.py --stage "$N" --data_dir "$DATA" --real_share "$REAL_SHARE" --seed "$SEED" \
+      --wideband_replay "$WIDEBAND_REPLAY" --simulated_share "$SIMULATED_SHARE" --no_speech_share "$NO_SPEECH_SHARE" \
+      --output "$1/trainlist.jsonl" --valid_output "$1/valid.jsonl" --max_speech_length "$MAX_SPEECH_LENGTH" &&
+    LOCAL_WORLD_SIZE=$GPUS "$PYTHON" local/check_training.py before "${FACTS[@]}"
+}
+
 train() {
-  validate
-  "$PYTHON" local/make_train_list.py --stage "$N" --data_dir "$DATA" --real_share "$REAL_SHARE" --seed "$SEED" \
-    --wideband_replay "$WIDEBAND_REPLAY" --simulated_share "$SIMULATED_SHARE" --no_speech_share "$NO_SPEECH_SHARE" \
-    --output "$DIR/trainlist.jsonl" --valid_output "$DIR/valid.jsonl" --max_speech_length "$MAX_SPEECH_LENGTH"
-  local gpus=${NGPU:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')} launch=("$PYTHON")
-  if ((gpus > 1 || NNODES > 1)); then
-    launch+=(local/launch.py --nproc_per_node "$((gpus > 0 ? gpus : 1))" --nnodes "$NNODES"
-      --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
-  fi
-  local facts=("${CONFS[@]}" --model_dir "$MODEL_DIR" --init_checkpoint "$PARENT" --train_list "$DIR/trainlist.jsonl"
-    --valid_list "$DIR/valid.jsonl" --output_dir "$DIR" --frontend_fs "$FRONTEND_FS")
-  LOCAL_WORLD_SIZE=$((gpus > 0 ? gpus : 1)) "$PYTHON" local/check_training.py before "${facts[@]}"
+  prepare "$DIR"
+  local launch=("$PYTHON" local/launch.py --nproc_per_node "$GPUS" --nnodes "$NNODES" --node_rank "$NODE_RANK"
+    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
+  if ((GPUS == 1 && NNODES == 1)); then launch=("$PYTHON"); fi
   ((NNODES == 1)) || echo "machine $NODE_RANK waits for all $NNODES at $MASTER_ADDR:$MASTER_PORT, 15 minutes at most"
-  "${launch[@]}" local/train.py "${facts[@]}" --seed "$SEED"
-  "$PYTHON" local/check_training.py after "${facts[@]}"
+  "${launch[@]}" local/train.py "${FACTS[@]}" --seed "$SEED"
+  "$PYTHON" local/check_training.py after "${FACTS[@]}"
 }
 
 # --- stage 4: final model and scores --------------------------------------------------------------------------------
 stage_4() {
   needs_model; needs 0 "${TEST_DATA[@]}"
-  STEPS=("$EXP"/{"${NAMES[1]}","${NAMES[2]}","${NAMES[3]}"}/averaged.pt)
-  for N in 1 2 3; do needs "$N" "${STEPS[N - 1]}"; done
+  STEPS=() LAST=$EXP/${NAMES[3]}/averaged.pt
+  for N in 1 2 3; do STEP=$EXP/${NAMES[N]}/averaged.pt  # stage 3 may have begun from an INIT_CHECKPOINT, not from 2
+    if [[ -s $STEP || ! -s $LAST ]]; then needs "$N" "$STEP"; STEPS+=("stage$N=$STEP"); fi
+  done
   TITLE="base, stages 1-3, dev and test sets -> final model, transcripts, $EVAL/summary.json"
-  READS=("$MODEL_DIR"/{config.yaml,model.pt} "${STEPS[@]}" "${TEST_DATA[@]}" conf/decode.yaml "$KEYWORDS")
+  READS=("$MODEL_DIR"/{config.yaml,model.pt} "${STEPS[@]#*=}" "${TEST_DATA[@]}" conf/decode.yaml "$KEYWORDS")
   SETTINGS=(ALPHAS MAX_WIDEBAND_LOSS FRONTEND_FS) LOG=$EXP_OUTPUT/logs/stage4.log
   WRITES=("$EVAL"/{checkpoints/final.pt,summary.json,interpolation.json}) FOLDERS=("$EVAL"); run_stage 4 evaluate
 }
 
 evaluate() {
   local points=$EVAL/checkpoints base="$MODEL_DIR/model.pt" alpha models=()
-  rm -rf "$points" "$EVAL"/*.json "$EVAL/scores.txt"  # of earlier options
-  local mix=("$PYTHON" local/final_model.py mix --base "$base" --adapted "${STEPS[2]}")
+  validate "${TEST_DATA[@]}"; rm -rf "$points" "$EVAL"/*.json "$EVAL/scores.txt"  # of earlier options
+  local mix=("$PYTHON" local/final_model.py mix --base "$base" --adapted "$LAST")
   for alpha in $ALPHAS; do
     "${mix[@]}" --alpha "$alpha" --output "$points/alpha_$alpha.pt"
     models+=("alpha_$alpha=$points/alpha_$alpha.pt")
@@ -195,11 +198,10 @@ evaluate() {
   decode dev "$EVAL/dev" "base=$base" "${models[@]}"
   score "$EVAL/dev" "$EVAL/dev_summary.json" --choose "$EVAL/interpolation.json" \
     --max_wideband_loss "$MAX_WIDEBAND_LOSS" --models base "${models[@]%%=*}"
-  alpha=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["alpha"])' "$EVAL/interpolation.json")
-  "${mix[@]}" --alpha "$alpha" --output "$points/final.pt"
-  models=("stage1=${STEPS[0]}" "stage2=${STEPS[1]}" "stage3=${STEPS[2]}" "final=$points/final.pt")
+  "${mix[@]}" --alpha "$EVAL/interpolation.json" --output "$points/final.pt"
+  models=("${STEPS[@]}" "final=$points/final.pt")
   decode test "$EVAL/transcripts" "base=$base" "${models[@]}"
-  score "$EVAL/transcripts" "$EVAL/summary.json" | tee "$EVAL/scores.txt"
+  score "$EVAL/transcripts" "$EVAL/summary.json" --models base "${models[@]%%=*}" | tee "$EVAL/scores.txt"
 }
 
 decode() {  # SPLIT OUTPUT_DIR NAME=CHECKPOINT...
@@ -216,15 +218,13 @@ stage_5() {
   needs_model; needs 4 "$EVAL/summary.json" "$EVAL/checkpoints/final.pt"
   TITLE="$EVAL -> $EXP_OUTPUT/report/index.html, $EXP_OUTPUT/final_model" LOG=$EXP_OUTPUT/logs/stage5.log
   READS=("$EVAL"/{summary.json,interpolation.json,checkpoints/final.pt}) FOLDERS=("$EXP_OUTPUT"/{report,final_model})
-  SETTINGS=(REPORT_AUDIO FRONTEND_FS TEXT_STYLE)
   WRITES=("$EXP_OUTPUT"/report/{index.html,report.md} "$EXP_OUTPUT"/final_model/{model.pt,config.yaml})
-  run_stage 5 finish
+  SETTINGS=(REPORT_AUDIO FRONTEND_FS TEXT_STYLE); run_stage 5 finish
 }
 
 finish() {
-  "$PYTHON" local/final_model.py export --model_dir "$MODEL_DIR" --checkpoint "$EVAL/checkpoints/final.pt" \
-    --summary "$EVAL/summary.json" --output "$EXP_OUTPUT/final_model" \
-    --frontend_fs "$FRONTEND_FS" --text_style "$TEXT_STYLE"
+  "$PYTHON" local/final_model.py export --model_dir "$MODEL_DIR" --frontend_fs "$FRONTEND_FS" --text_style "$TEXT_STYLE" \
+    --checkpoint "$EVAL/checkpoints/final.pt" --summary "$EVAL/summary.json" --output "$EXP_OUTPUT/final_model"
   "$PYTHON" local/report.py --exp_output "$EXP_OUTPUT" --output "$EXP_OUTPUT/report" --report_audio "$REPORT_AUDIO"
 }
 
@@ -245,6 +245,6 @@ main() {
   # Everything started from here inherits the lock, so what a killed run left behind still holds it.
   exec 9>"$EXP_OUTPUT/.lock$NODE_RANK"
   flock -w 1 9 || fail_locked "$EXP_OUTPUT/.lock$NODE_RANK"
-  for ((stage = STAGE; stage <= STOP_STAGE; stage++)); do ON_CHANGE=redo AFTER=(); "stage_$stage"; done
+  for ((stage = STAGE; stage <= STOP_STAGE; stage++)); do ON_CHANGE=redo AFTER=() CHECK=true; "stage_$stage"; done
 }
 main "$@"

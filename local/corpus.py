@@ -327,12 +327,12 @@ class Ledger:
 @contextlib.contextmanager
 def open_ledger(
     output: str | os.PathLike, max_reject_ratio: float, source: str | os.PathLike | None = None,
-    max_broken_ratio: float | None = None,
+    by_rules: float = 0.0,
 ) -> Iterator[Ledger]:  # fmt: skip
     """Open `output` and rejected_<its stem>.jsonl beside it; both appear when the block ends.
 
-    UserError, and no output, when there are no rows, or more than `max_reject_ratio` of them were rejected, or more
-    than `max_broken_ratio` for no rule's reason; code 2 where the output would replace the corpus `source`.
+    UserError, and no output, when there are no rows, or more than `max_reject_ratio` of them were rejected, of which
+    those that are not BROKEN may be `by_rules`; code 2 where the output would replace the corpus `source`.
     """
     output = Path(output)
     if source is not None:
@@ -350,12 +350,11 @@ def open_ledger(
         reasons = ", ".join(f"{reason} {count}" for reason, count in ledger.reasons.most_common()) or "none"
         logging.info("%s: %d rows in, %d out, %d rejected (%s)", output, total, ledger.kept, bad, reasons)
         broken = sum(count for reason, count in ledger.reasons.items() if reason in BROKEN)
-        too_broken = max_broken_ratio is not None and broken > max_broken_ratio * total
-        if not ledger.kept or bad > max_reject_ratio * total or too_broken:
+        if not ledger.kept or broken > max_reject_ratio * total or bad > max(by_rules, max_reject_ratio) * total:
             output.unlink(missing_ok=True)  # an older output beside new rejects would look finished
             reasons += "".join(f"; first: {ledger.first[reason]}" for reason, _ in ledger.reasons.most_common(1))
-            limit = f"{max_broken_ratio} for broken rows" if too_broken else max_reject_ratio
+            more = f", {by_rules} for what rules drop" if by_rules > max_reject_ratio else ""
             raise UserError(
                 f"{output}: only {ledger.kept} of {total} rows were kept (rejected: {reasons}; --max_reject_ratio is "
-                f"{limit}); see {rejects}, then mend the data or raise the limit"
+                f"{max_reject_ratio}{more}); see {rejects}, then mend the data or raise the limit"
             )

@@ -119,7 +119,7 @@ def filter_corpus(args: argparse.Namespace) -> None:
     settings = {"rules": rules, "check_text": args.filter_annotation_error == "true", "offered": args.expect_band}
     work = functools.partial(on_row, functools.partial(inspect, limits=train_limits(args, rules, total), **settings))
     heard, wrong, mixed, nameless, channels = Seen(), 0, 0, 0, set()
-    with open_ledger(args.output, args.max_reject_ratio, args.input, args.max_broken_ratio) as ledger:
+    with open_ledger(args.output, args.max_reject_ratio, args.input, by_rules=0.5) as ledger:
         inspected = parallel(work, unique(read_rows(args.input)), args.num_workers, args.dask_scheduler)
         for entry in progress(inspected, total, f"filter {args.split}"):
             if isinstance(given := entry.row or entry.given, dict):

@@ -63,7 +63,8 @@ def get_args() -> argparse.Namespace:
     add = commands.add_parser("mix", help="write (1 - alpha) * base + alpha * adapted, LoRA folded").add_argument
     add("--base", required=True, help="model.pt of the model folder training started from.")
     add("--adapted", required=True, help="averaged.pt of a training stage.")
-    add("--alpha", required=True, type=float, help="0 is the base, 1 the adapted model.")
+    add("--alpha", required=True, type=read_alpha, metavar="ALPHA",
+        help="0 is the base, 1 the adapted model; or the JSON file in which score.py --choose wrote it.")
     add("--output", required=True, help="Checkpoint to write.")
     add = commands.add_parser("export", help="write a folder that stock FunASR loads").add_argument
     add("--model_dir", required=True, type=Path, help="Model folder that training started from.")
@@ -74,6 +75,14 @@ def get_args() -> argparse.Namespace:
     add("--text_style", choices=("written", "spoken"), default="written",
         help="How the corpus is written, which chose the prompt. Default: %(default)s.")
     return parser.parse_args()
+
+
+def read_alpha(text: str) -> float:
+    """A number, or the "alpha" of a JSON file."""
+    try:
+        return float(json.loads(Path(text).read_text("utf-8"))["alpha"] if text.endswith(".json") else text)
+    except (OSError, KeyError) as error:
+        raise argparse.ArgumentTypeError(f"{text} is no choice of score.py: {error}") from error
 
 
 def copy_configuration(source: Path, target: Path, frontend_fs: int, itn: bool) -> None:

@@ -170,8 +170,8 @@ def get_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = command(filter_corpus, "Drop rows that break a rule of --conf, with the reason.", shared)
     add("--conf", default="conf/data_filter.yaml", help="Rules on text and audio.")
     add("--split", default="train", choices=corpus.SPLITS, help="Only train is cut by the train_only rules.")
-    add("--max_reject_ratio", type=between(0, 1), default=0.5, help="Exit 1 when a larger share is rejected.")
-    add("--max_broken_ratio", type=between(0, 1), help="Exit 1 when more cannot be read. Default: --max_reject_ratio.")
+    add("--max_reject_ratio", type=between(0, 1), default=0.05,
+        help="Exit 1 when a larger share is broken; rules may drop half, or this where it is more.")
     add("--filter_annotation_error", type=str.lower, choices=("true", "false"), default="true",
         help="Whether the rules on text drop rows.")
     add("--max_speech_length", type=int, default=12000, help="Longest, frames of 10 ms. Default: %(default)s, 120 s.")

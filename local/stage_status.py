@@ -17,6 +17,7 @@ import argparse
 import fcntl
 import json
 import os
+import shlex
 import socket
 import statistics
 import sys
@@ -25,7 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from common import UserError, atomic_write, file_hash, of_trainings, read_jsonl, run, table, write_json
+from common import ROOT, UserError, atomic_write, file_hash, of_trainings, read_jsonl, run, table, write_json
 from nano.train_log import read_log
 
 NOTHING_TO_DO, MUST_RUN, MUST_REDO = 0, 3, 4
@@ -67,8 +68,13 @@ def hash_input(path: str) -> str:
 
 
 def fingerprint(inputs: list[str], config: list[str]) -> dict[str, dict[str, str]]:
-    """What a stage's result depends on: {"inputs": {path: hash}, "config": {name: value}}."""
-    hashes = {os.path.abspath(path): hash_input(path) for path in inputs if path}
+    """What a stage's result depends on: {"inputs": {path: hash}, "config": {name: value}}; absolute paths, but of this
+    repository's conf/, which is the same in another clone.
+    """
+    names = {path: os.path.abspath(path) for path in inputs if path}
+    own = f"{ROOT}/"
+    hashes = {name.removeprefix(own) if name.startswith(f"{own}conf/") else name: hash_input(path)
+              for path, name in names.items()}  # fmt: skip
     return {"inputs": hashes, "config": {name: value for name, _, value in (item.partition("=") for item in config)}}
 
 
@@ -140,10 +146,14 @@ def check_parents(root: str, stage: int, parents: list[int], now: dict[str, str]
 def check(root: str, stage: int, now: dict, force: bool = False, refuse: bool = False) -> tuple[int, str]:
     """Decide about a stage: (exit code, one line that says why).
 
-    Raises UserError where the stage would replace work of other inputs and may not, and where an option of CHOSEN
-    is not what it was at stage 0.
+    Raises UserError where the stage would replace work of other inputs and may not, where an option of CHOSEN is not
+    what it was at stage 0, and where the experiment was moved.
     """
-    marker = read_marker(root, stage)
+    marker, here = read_marker(root, stage), os.path.abspath(root)
+    was_at = (marker or {}).get("root", here)
+    if was_at != here and (not os.path.exists(was_at) or os.path.samefile(was_at, here)):
+        raise UserError(f"{here} was made as {was_at}, by which its lists name the audio; give --exp_output {was_at!r} "
+                        f"after moving it back, or: ln -s {shlex.quote(here)} {shlex.quote(was_at)}", code=2)
     chosen = (read_marker(root, 0) if stage > 0 else None) or now
     for name in CHOSEN:
         was, asked = (facts["config"].get(name) for facts in (chosen, now))

@@ -267,12 +267,12 @@ def test_too_many_rejects_fail_and_show_why(tmp_path, corpus):
 def test_rules_may_drop_half_but_broken_rows_no_more_than_was_said(tmp_path, corpus):
     rows = [*corpus, *({"key": f"n{i}", "source": "none.wav", "target": "好"} for i in range(4))]
     arguments = ["filter", "--input", write_lines(tmp_path / "in.jsonl", rows), "--output", tmp_path / "out.jsonl"]
-    done = command(*arguments, "--max_broken_ratio", "0.3")
-    assert done.returncode == 1 and "audio_missing 4" in done.stderr and "is 0.3 for broken rows" in done.stderr
+    done = command(*arguments, "--max_reject_ratio", "0.3")
+    assert done.returncode == 1 and "audio_missing 4" in done.stderr and "is 0.3, 0.5 for what rules" in done.stderr
     assert not (tmp_path / "out.jsonl").exists() and len(read_lines(tmp_path / "rejected_out.jsonl")) == 4
     noise = [row | {"target": "[noise]"} if row["source"] == "none.wav" else row for row in rows]
     write_lines(tmp_path / "in.jsonl", noise)
-    assert command(*arguments, "--max_broken_ratio", "0.3").returncode == 0
+    assert command(*arguments, "--max_reject_ratio", "0.3").returncode == 0
 
 
 @pytest.mark.parametrize("step", ["filter", "convert", "sample", "split"])
@@ -421,7 +421,8 @@ def test_malformed_input_through_the_command_line(tmp_path, corpus):
     lines += [b'{"key": "\\ud800", "source": "u0.wav", "target": "x"}']
     lines += [json.dumps(row).encode() for row in corpus]
     (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(lines))
-    done = command("filter", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "o.jsonl", "--num_workers", 2)
+    done = command("filter", "--input", tmp_path / "in.jsonl", "--output", tmp_path / "o.jsonl", "--num_workers", 2,
+                   "--max_reject_ratio", 0.5)  # fmt: skip
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert (len(read_lines(tmp_path / "o.jsonl")), len(read_lines(tmp_path / "rejected_o.jsonl"))) == (6, 5)
 
@@ -784,7 +785,8 @@ def test_validate_has_nothing_against_the_same_key_in_two_sets(tmp_path, corpus)
 def test_the_report_adds_up_and_says_when_it_does_not(tmp_path, corpus):
     source = write_lines(tmp_path / "train.jsonl", [*corpus, "no json"])
     data = tmp_path / "data/real_8k_telephone"
-    main(["filter", "--input", str(source), "--output", str(tmp_path / "w.jsonl"), "--conf", str(CONF)])
+    main(["filter", "--input", str(source), "--output", str(tmp_path / "w.jsonl"), "--conf", str(CONF),
+          "--max_reject_ratio", "0.2"])  # fmt: skip
     output = data / "train_formatted.jsonl"
     main(["convert", "--input", str(tmp_path / "w.jsonl"), "--output", str(output), "--do_upsample"])
     (tmp_path / "rejected_w.jsonl").rename(data / "rejected_train.jsonl")
