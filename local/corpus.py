@@ -79,6 +79,16 @@ def refuse_to_replace(source: str | os.PathLike, *outputs: str | os.PathLike) ->
             raise UserError(f"{output} is the input, which would be replaced; give the output another name", code=2)
 
 
+def claim(folder: Path, output: str | os.PathLike) -> None:
+    """Note that a folder holds the audio of the list `output`; UserError, code 2, where it holds that of another."""
+    note, owner = folder / ".list", os.path.relpath(output, folder)
+    if note.is_file() and (other := note.read_text("utf-8")) != owner and (folder / other).exists():
+        raise UserError(f"{folder} holds the audio of {os.path.normpath(folder / other)}, which would be replaced; "
+                        f"give {output} another --output_audio_dir", code=2)  # fmt: skip
+    with atomic_write(note) as file:
+        file.write(owner)
+
+
 def count_rows(path: str | os.PathLike) -> int:
     """How many entries `read_rows` will yield, near enough for a progress bar; lines are counted, not read."""
     with open(corpus_files(path)[0], "rb") as file:
@@ -327,16 +337,19 @@ class Ledger:
 @contextlib.contextmanager
 def open_ledger(
     output: str | os.PathLike, max_reject_ratio: float, source: str | os.PathLike | None = None,
-    by_rules: float = 0.0,
+    by_rules: float = 0.0, audio_dir: str | os.PathLike | None = None,
 ) -> Iterator[Ledger]:  # fmt: skip
     """Open `output` and rejected_<its stem>.jsonl beside it; both appear when the block ends.
 
     UserError, and no output, when there are no rows, or more than `max_reject_ratio` of them were rejected, of which
-    those that are not BROKEN may be `by_rules`; code 2 where the output would replace the corpus `source`.
+    those that are not BROKEN may be `by_rules`; code 2 where the output would replace the corpus `source`, or its audio
+    that of another list in `audio_dir`.
     """
     output = Path(output)
     if source is not None:
         refuse_to_replace(source, output)
+    if audio_dir is not None:
+        claim(Path(audio_dir), output)
     rejects = output.with_name(f"rejected_{output.stem}.jsonl")
     for path in (output, rejects):  # what a killed run left behind
         for stale in path.parent.glob(f".{path.name}.*.tmp"):

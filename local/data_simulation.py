@@ -238,7 +238,7 @@ def simulate(args: argparse.Namespace, job: Job) -> None:
     size = min(max(job["count"] // 2000, 8), 64)  # rows a killed run may do twice
     tasks = enumerate(batches(unique(read_entries(args)), size))
     work = functools.partial(simulate_part, job)
-    with open_ledger(args.output, args.max_reject_ratio, args.input) as ledger:
+    with open_ledger(args.output, args.max_reject_ratio, args.input, audio_dir=job["audio_dir"]) as ledger:
         parts = parallel(work, tasks, args.num_workers, args.dask_scheduler, batch_size=1)
         for part in progress(parts, -(-job["count"] // size), f"simulating, {size} rows each"):
             for entry in json.loads(Path(part).read_text(encoding="utf-8"))["entries"]:

@@ -88,7 +88,7 @@ def convert(args: argparse.Namespace) -> None:
     count, silent, written = text_lengths(args.tokenizer), 0, 0
     work = functools.partial(format_row, folder=folder, since=marker.stat().st_mtime, args=args)
     work = functools.partial(corpus.on_row, work)
-    with corpus.open_ledger(args.output, args.max_reject_ratio, args.input) as ledger:
+    with corpus.open_ledger(args.output, args.max_reject_ratio, args.input, audio_dir=folder) as ledger:
         done = parallel(work, corpus.unique(corpus.read_rows(args.input)), args.num_workers, args.dask_scheduler)
         for batch in batches(progress(done, corpus.count_rows(args.input), "convert"), 1000):
             texts = [entry.row["messages"][-1]["content"] if entry.row else "" for entry in batch]

@@ -168,8 +168,8 @@ def check(root: str, stage: int, now: dict, force: bool = False, refuse: bool = 
     if changed:
         if refuse:
             raise UserError(f"stage {stage} was {marker['state']} on {marker['time']} with other inputs: "
-                            f"{'; '.join(changed)}; take the change back, or redo the stage with --force true (the old "
-                            "folder is moved aside)")  # fmt: skip
+                            f"{'; '.join(changed)}; take the change back, or redo it (the old folder is moved aside): "
+                            f"bash run_experiment.sh {stage} --force true")  # fmt: skip
         # Stages 4 and 5 replace what no longer holds themselves, and keep transcripts that do.
         return MUST_REDO if stage < 4 else MUST_RUN, f"redone, changed: {'; '.join(changed)}"
     if marker["state"] != "done":

@@ -395,3 +395,13 @@ def test_training_hears_in_an_epoch_what_stage_0_writes_for_it(corpus):
     assert fingerprint(corpus, "epoch0") != fingerprint(corpus, "epoch1")
     with pytest.raises(ValueError, match="8000"):
         channel.simulate(settings, "x", samples[::2], 8000, 0)
+
+
+def test_two_lists_do_not_share_their_audio(corpus):
+    assert simulate(corpus, "--preset", "clean-pcma").returncode == 0
+    before = fingerprint(corpus, "out")
+    done = simulate(corpus, "--preset", "gsm", "--output", "elsewhere/sim.jsonl")
+    assert done.returncode == 2 and "out/sim.jsonl, which would be replaced" in done.stderr
+    assert fingerprint(corpus, "out") == before and not (corpus / "elsewhere/sim.jsonl").exists()
+    (corpus / "out/sim.jsonl").unlink()
+    assert simulate(corpus, "--preset", "gsm", "--output", "elsewhere/sim.jsonl").returncode == 0
