@@ -142,7 +142,7 @@ train_stage() {  # NUMBER TITLE SHARE
   N=$1 TITLE=$2 DIR=$EXP/${NAMES[$1]} LOG=$EXP/${NAMES[$1]}/train.log PARENT=$EXP/${NAMES[$1 - 1]}/averaged.pt
   if ((N == 1)); then PARENT=$MODEL_DIR/model.pt; fi
   if [[ -n $INIT_CHECKPOINT ]] && ((N == (STAGE > 1 ? STAGE : 1))); then PARENT=$INIT_CHECKPOINT; fi
-  ((NODE_RANK == 0)) || LOG=$EXP_OUTPUT/logs/stage$1.machine$NODE_RANK.log
+  LISTS=$DIR; ((NODE_RANK == 0)) || LISTS=$WORK/machine$NODE_RANK LOG=$EXP_OUTPUT/logs/stage$1.machine$NODE_RANK.log
   if [[ $PARENT == "$INIT_CHECKPOINT" ]]; then TITLE+=", from $PARENT"; else needs $((N > 1 ? N - 1 : -1)) "$PARENT"; fi
   CONFS=(--stage_conf "conf/${NAMES[$1]}.yaml") CHECK=prepare
   [[ -f $STAGE_OVERLAY_DIR/${NAMES[$1]}.yaml ]] && CONFS+=(--overlay "$STAGE_OVERLAY_DIR/${NAMES[$1]}.yaml")
@@ -153,9 +153,10 @@ train_stage() {  # NUMBER TITLE SHARE
   run_stage "$N" train
 }
 
-prepare() {  # FOLDER -> its lists for training, with which it would start
+prepare() {  # LISTS [OUTPUT] -> the lists in that folder, with which the stage would start
   FACTS=("${CONFS[@]}" --model_dir "$MODEL_DIR" --init_checkpoint "$PARENT" --train_list "$1/trainlist.jsonl"
-    --valid_list "$1/valid.jsonl" --output_dir "$1" --frontend_fs "$FRONTEND_FS")
+    --valid_list "$1/valid.jsonl" --output_dir "${2:-$1}" --frontend_fs "$FRONTEND_FS")
+  [[ ! ${PARENT%/*} -ef $DIR ]] || fail "--init_checkpoint $PARENT lies in the folder to be written; copy it elsewhere"
   GPUS=${NGPU:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')} GPUS=$((GPUS > 0 ? GPUS : 1))
   validate "${TRAIN_DATA[@]}" "${TEST_DATA[@]}" &&
     "$PYTHON" local/make_train_list.py --stage "$N" --data_dir "$DATA" --real_share "$REAL_SHARE" --seed "$SEED" \
@@ -165,7 +166,7 @@ prepare() {  # FOLDER -> its lists for training, with which it would start
 }
 
 train() {
-  prepare "$DIR"
+  prepare "$LISTS" "$DIR"
   local launch=("$PYTHON" local/launch.py --nproc_per_node "$GPUS" --nnodes "$NNODES" --node_rank "$NODE_RANK"
     --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
   if ((GPUS == 1 && NNODES == 1)); then launch=("$PYTHON"); fi
@@ -176,10 +177,9 @@ train() {
 
 # --- stage 4: final model and scores --------------------------------------------------------------------------------
 stage_4() {
-  needs_model; needs 0 "${TEST_DATA[@]}"
-  STEPS=() LAST=$EXP/${NAMES[3]}/averaged.pt
+  needs_model; needs 0 "${TEST_DATA[@]}"; STEPS=() LAST=$EXP/${NAMES[3]}/averaged.pt
   for N in 1 2 3; do STEP=$EXP/${NAMES[N]}/averaged.pt  # stage 3 may have begun from an INIT_CHECKPOINT, not from 2
-    if [[ -s $STEP || ! -s $LAST ]]; then needs "$N" "$STEP"; STEPS+=("stage$N=$STEP"); fi
+    [[ -s $LAST && ! -e $STEP && ! -e $EXP_OUTPUT/status/stage$N.json ]] || { needs "$N" "$STEP"; STEPS+=("stage$N=$STEP"); }
   done
   TITLE="base, stages 1-3, dev and test sets -> final model, transcripts, $EVAL/summary.json"
   READS=("$MODEL_DIR"/{config.yaml,model.pt} "${STEPS[@]#*=}" "${TEST_DATA[@]}" conf/decode.yaml "$KEYWORDS")

@@ -81,7 +81,8 @@ def refuse_to_replace(source: str | os.PathLike, *outputs: str | os.PathLike) ->
 
 def claim(folder: Path, output: str | os.PathLike) -> None:
     """Note that a folder holds the audio of the list `output`; UserError, code 2, where it holds that of another."""
-    note, owner = folder / ".list", os.path.relpath(output, folder)
+    folder = folder.resolve()
+    note, owner = folder / ".list", os.path.relpath(Path(output).resolve(), folder)
     if note.is_file() and (other := note.read_text("utf-8")) != owner and (folder / other).exists():
         raise UserError(f"{folder} holds the audio of {os.path.normpath(folder / other)}, which would be replaced; "
                         f"give {output} another --output_audio_dir", code=2)  # fmt: skip
@@ -118,7 +119,8 @@ def check_row(given: dict[str, Any], base: Path) -> Entry:
     if row["source"].endswith("|"):
         # A pipe is a shell command from a stranger: it is never run.
         return Entry(given, None, "source_is_command", "the source is a command; write its output to a file first")
-    if "end" not in row and ("start" in row or "offset" in given) and "duration" in given:  # as NeMo has it
+    placed = row.get("start", given.get("offset")) is not None and given.get("duration") is not None  # as NeMo does
+    if placed and "end" not in row:
         return Entry(given, None, "bad_field", "duration says where the utterance ends, but only `end` is read")
     if row.get("end", math.inf) <= row.get("start", 0.0):
         return Entry(given, None, "bad_segment", f"start {row.get('start', 0.0)} s, end {row['end']} s")
@@ -346,11 +348,11 @@ def open_ledger(
     that of another list in `audio_dir`.
     """
     output = Path(output)
+    rejects = output.with_name(f"rejected_{output.stem}.jsonl")
     if source is not None:
-        refuse_to_replace(source, output)
+        refuse_to_replace(source, output, rejects)
     if audio_dir is not None:
         claim(Path(audio_dir), output)
-    rejects = output.with_name(f"rejected_{output.stem}.jsonl")
     for path in (output, rejects):  # what a killed run left behind
         for stale in path.parent.glob(f".{path.name}.*.tmp"):
             stale.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import os
 import re
 import unicodedata
 from array import array
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -118,12 +119,12 @@ def filter_corpus(args: argparse.Namespace) -> None:
     others = read_others(args.against, args.against_audio)
     settings = {"rules": rules, "check_text": args.filter_annotation_error == "true", "offered": args.expect_band}
     work = functools.partial(on_row, functools.partial(inspect, limits=train_limits(args, rules, total), **settings))
-    heard, wrong, mixed, nameless, channels = Seen(), 0, 0, 0, set()
+    heard, wrong, mixed, nameless, channels = Seen(), 0, 0, 0, Counter()
     with open_ledger(args.output, args.max_reject_ratio, args.input, by_rules=0.5) as ledger:
         inspected = parallel(work, unique(read_rows(args.input)), args.num_workers, args.dask_scheduler)
         for entry in progress(inspected, total, f"filter {args.split}"):
             if isinstance(given := entry.row or entry.given, dict):
-                channels.add(segment(given).get("channel"))
+                channels[segment(given).get("channel"), entry.reason == "channel_missing"] += 1
             if entry.row and (problem := find_copy(entry.row, heard, others)):
                 entry = Entry(entry.given, None, *problem)
             elif entry.row:
@@ -135,8 +136,9 @@ def filter_corpus(args: argparse.Namespace) -> None:
             ledger.add(entry)
         if mixed:  # said before the ledger may fail: two sides that are one mix are duplicates
             logging.warning("%d of %d rows are the mix of several channels: no `channel` was given", mixed, ledger.kept)
-        if ledger.reasons["channel_missing"] and 2 in channels and 0 not in channels:
-            raise UserError(f"{args.input}: rows name channel 2, which the audio lacks, and none names channel 0; "
+        lacking = channels[2, True]
+        if lacking > channels[1, False] / 4 > 0 and not any(channels[side] for side in ((0, False), (2, False))):
+            raise UserError(f"{args.input}: {lacking} rows name channel 2, which no audio has, and none channel 0; "
                             "channels count from 0: take one from each")  # fmt: skip
     if nameless:
         message = "%d of %d rows have no call and no speaker: who is in two sets is not seen, intervals are too narrow"

@@ -77,6 +77,7 @@ check_config() {  # every line is a comment or sets a known option
 
 check_options() {  # all that can be checked before anything is done
   local name value
+  local -A seen=()
   for value in "$STAGE" "$STOP_STAGE"; do
     [[ $value =~ ^(-1|[0-5])$ ]] || fail "stage '$value' is not an integer from -1 to 5"
   done
@@ -97,7 +98,8 @@ check_options() {  # all that can be checked before anything is done
   [[ ${NUM_WORKERS:-1} != 0 ]] || fail "--num_workers 0: at least 1 has to work"
   for value in $ALPHAS; do
     [[ $value =~ ^(0?\.[0-9]+|1|1\.0*)$ ]] || fail "--alphas '$ALPHAS': expected numbers over 0, up to 1"
-    [[ " ${ALPHAS/"$value"/} " != *" $value "* ]] || fail "--alphas '$ALPHAS': $value is there twice"
+    [[ -z ${seen[$value]:-} ]] || fail "--alphas '$ALPHAS': $value is there twice"
+    seen[$value]=1
   done
   one_of FORCE true false; one_of REPORT_AUDIO true false
   one_of TEXT_STYLE written spoken; one_of FRONTEND_FS 16000 8000; one_of ONLINE_CHANNEL 0 1
@@ -111,10 +113,6 @@ check_options() {  # all that can be checked before anything is done
   ((${#MAX_SPEECH_LENGTH} < 6 && MAX_SPEECH_LENGTH <= 12000)) ||
     grep -qs max_source_length conf/stage*.yaml ${STAGE_OVERLAY_DIR:+"$STAGE_OVERLAY_DIR"/stage*.yaml} ||
     fail "--max_speech_length $MAX_SPEECH_LENGTH is over 12000, the model's max_source_length; raise it in each stage's YAML"
-  for value in "$EXP_OUTPUT/exp/8k_telephone/stage$((STAGE > 1 ? STAGE : 1))_"*[a-z]; do
-    [[ -z $INIT_CHECKPOINT || ! ${INIT_CHECKPOINT%/*} -ef $value ]] ||
-      fail "--init_checkpoint $INIT_CHECKPOINT lies in the folder that the stage writes; copy it elsewhere first"
-  done
   needs_path INIT_CHECKPOINT CHANNEL_CONF FILTER_CONF KEYWORDS BG_NOISE_SCP
   [[ -z $KEYWORDS ]] || iconv -f UTF-8 -t UTF-8 "$KEYWORDS" >/dev/null 2>&1 ||
     fail "--keywords $KEYWORDS is not UTF-8; iconv -f GB18030 -t UTF-8 makes it so"

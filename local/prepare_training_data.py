@@ -28,7 +28,8 @@ from corpus_filter import filter_corpus
 from stage0_report import stats, validate
 from telephone.resample import resample
 
-WRITTEN = re.compile("[0-9，。？！]")  # in a text of the style "written"
+# What tells of the style: nearly every text that is "written" has it, hardly any "spoken" one.
+WRITTEN, NOT_SPOKEN = re.compile("[0-9，。？！,.?!]"), re.compile("[0-9]")
 PROMPTS = {"written": "语音转写：", "spoken": "语音转写，不进行文本规整："}
 
 
@@ -77,6 +78,7 @@ def convert(args: argparse.Namespace) -> None:
     folder = Path(args.output_audio_dir or Path(args.output).parent / "audio")
     # Train and dev of one corpus share the folder, and a stranger's keys may repeat between them.
     folder /= Path(args.output).stem.removesuffix("_formatted")
+    corpus.claim(folder, args.output)
     for stale in folder.glob(".*.tmp"):
         stale.unlink(missing_ok=True)
     # Audio newer than the marker of a killed run with the same input and settings is finished.
@@ -85,24 +87,26 @@ def convert(args: argparse.Namespace) -> None:
     if not marker.exists() or marker.read_text() != fingerprint:
         with atomic_write(marker) as file:
             file.write(fingerprint)
-    count, silent, written = text_lengths(args.tokenizer), 0, 0
+    count, silent, of_style = text_lengths(args.tokenizer), 0, 0
+    style = NOT_SPOKEN if args.text_style == "spoken" else WRITTEN
     work = functools.partial(format_row, folder=folder, since=marker.stat().st_mtime, args=args)
     work = functools.partial(corpus.on_row, work)
-    with corpus.open_ledger(args.output, args.max_reject_ratio, args.input, audio_dir=folder) as ledger:
+    with corpus.open_ledger(args.output, args.max_reject_ratio, args.input) as ledger:
         done = parallel(work, corpus.unique(corpus.read_rows(args.input)), args.num_workers, args.dask_scheduler)
         for batch in batches(progress(done, corpus.count_rows(args.input), "convert"), 1000):
             texts = [entry.row["messages"][-1]["content"] if entry.row else "" for entry in batch]
             silent += texts.count(NO_SPEECH)
-            written += sum(WRITTEN.search(text) is not None for text in texts if text != NO_SPEECH)
+            of_style += sum(style.search(text) is not None for text in texts if text != NO_SPEECH)
             for entry, tokens in zip(batch, count(texts), strict=True):
                 ledger.add(entry._replace(row=entry.row and entry.row | {"text_length": tokens}))
     marker.unlink()
     if silent:
         logging.info("%s: %d rows have no text: nobody speaks in them", args.output, silent)
     said = ledger.kept - silent
-    if said >= 100 and (written > 0.1 * said if args.text_style == "spoken" else written < 0.1 * said):
-        logging.warning("%s: %d of %d texts have digits or punctuation; does TEXT_STYLE=%s fit, by which the model is "
-                        "asked?", args.output, written, said, args.text_style)  # fmt: skip
+    if said >= 100 and (of_style < 0.1 * said) == (style is WRITTEN):
+        what = "digits or punctuation" if style is WRITTEN else "digits"
+        logging.warning("%s: %d of %d texts have %s; does TEXT_STYLE=%s fit, by which the model is asked?",
+                        args.output, of_style, said, what, args.text_style)  # fmt: skip
 
 
 def format_row(row: dict[str, Any], folder: Path, since: float, args: argparse.Namespace) -> dict[str, Any]:

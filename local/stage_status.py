@@ -26,7 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, UserError, atomic_write, file_hash, of_trainings, read_jsonl, run, table, write_json
+from common import UserError, atomic_write, file_hash, of_trainings, read_jsonl, run, table, write_json
 from nano.train_log import read_log
 
 NOTHING_TO_DO, MUST_RUN, MUST_REDO = 0, 3, 4
@@ -68,18 +68,20 @@ def hash_input(path: str) -> str:
 
 
 def fingerprint(inputs: list[str], config: list[str]) -> dict[str, dict[str, str]]:
-    """What a stage's result depends on: {"inputs": {path: hash}, "config": {name: value}}; absolute paths, but of this
-    repository's conf/, which is the same in another clone.
-    """
-    names = {path: os.path.abspath(path) for path in inputs if path}
-    own = f"{ROOT}/"
-    hashes = {name.removeprefix(own) if name.startswith(f"{own}conf/") else name: hash_input(path)
-              for path, name in names.items()}  # fmt: skip
+    """What a stage's result depends on: {"inputs": {path: hash}, "config": {name: value}}."""
+    hashes = {os.path.abspath(path): hash_input(path) for path in inputs if path}
     return {"inputs": hashes, "config": {name: value for name, _, value in (item.partition("=") for item in config)}}
 
 
+def known_as(path: str) -> str:
+    """A path, but of a file of some conf/ its place in there."""
+    return path[path.rindex("/conf/") + 1 :] if "/conf/" in path else path
+
+
 def changes(before: dict[str, dict[str, str]], now: dict[str, dict[str, str]]) -> list[str]:
-    """What differs between two fingerprints, each in a few words."""
+    """What differs between two fingerprints, each in a few words; conf/ of another clone is the same."""
+    before, now = (facts | {"inputs": {known_as(path): digest for path, digest in facts["inputs"].items()}}
+                   for facts in (before, now))  # fmt: skip
     names = sorted(before["config"].keys() | now["config"].keys())
     options = [(name, before["config"].get(name) or "empty", now["config"].get(name) or "empty") for name in names]
     found = [f"{name} {old} -> {new}" for name, old, new in options if old != new]
@@ -152,8 +154,9 @@ def check(root: str, stage: int, now: dict, force: bool = False, refuse: bool = 
     marker, here = read_marker(root, stage), os.path.abspath(root)
     was_at = (marker or {}).get("root", here)
     if was_at != here and (not os.path.exists(was_at) or os.path.samefile(was_at, here)):
-        raise UserError(f"{here} was made as {was_at}, by which its lists name the audio; give --exp_output {was_at!r} "
-                        f"after moving it back, or: ln -s {shlex.quote(here)} {shlex.quote(was_at)}", code=2)
+        link = f" after moving it back, or: ln -s {shlex.quote(here)} {shlex.quote(was_at)}"
+        raise UserError(f"{here} was made as {was_at}, by which its lists name the audio; give --exp_output {was_at!r}"
+                        + link * (not os.path.exists(was_at)), code=2)  # fmt: skip
     chosen = (read_marker(root, 0) if stage > 0 else None) or now
     for name in CHOSEN:
         was, asked = (facts["config"].get(name) for facts in (chosen, now))

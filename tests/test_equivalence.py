@@ -178,6 +178,7 @@ def test_the_ctc_loss_of_an_utterances_own_symbols_is_that_of_all_symbols(folder
 @pytest.mark.parametrize(("text", "written"), [
     ("您好，请问是王先生吗？", "您好请问是王先生吗"), ("What can you do?", "what can you do"), ("ＡＢＣ１２", "abc12"),
     ("利率3.5%。", "利率3.5%"), ("我用 App 打电话, OK", "我用 app 打电话 ok"), ("don't…", "don't"), ("。", ""),
+    ("DON’T", "don't"), ("共1,000元", "共1000元"),
 ])  # fmt: skip
 def test_the_ctc_branch_is_asked_for_what_the_released_one_writes(text, written):
     assert normalised(text) == written

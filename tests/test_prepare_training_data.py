@@ -285,6 +285,10 @@ def test_a_corpus_is_never_replaced_by_what_is_made_of_it(tmp_path, corpus, step
     done = command(step, "--input", source, *outputs)
     assert done.returncode == 2 and "in.jsonl is the input" in done.stderr.splitlines()[-1]
     assert source.read_bytes() == before and not (tmp_path / "dev.jsonl").exists()
+    rejects = source.rename(tmp_path / "rejected_x.jsonl")
+    if step in ("filter", "convert"):
+        done = command(step, "--input", rejects, "--output", tmp_path / "x.jsonl")
+        assert done.returncode == 2 and rejects.read_bytes() == before
 
 
 def test_channels_that_are_counted_from_1_are_not_taken_for_others(tmp_path):
@@ -295,10 +299,15 @@ def test_channels_that_are_counted_from_1_are_not_taken_for_others(tmp_path):
     assert done.returncode == 1 and "channels count from 0" in done.stderr and not output.exists()
     kept, reasons = filtered(tmp_path, [*rows, rows[0] | {"key": "u0", "channel": 0}])
     assert [row["key"] for row in kept] == ["u1", "u0"] and reasons == {"u2": "channel_missing"}
+    stray = [rows[1], *({"key": f"m{i}", "source": "call.wav", "target": "好", "channel": 1, "start": i / 2,
+                         "end": i / 2 + 0.4} for i in range(6))]  # fmt: skip
+    kept, reasons = filtered(tmp_path, stray)
+    assert len(kept) == 6 and reasons == {"u2": "channel_missing"}, "one of many is a slip"
 
 
 @pytest.mark.parametrize("place", [{"start": 0.5}, {"offset": 0.5}])
 def test_an_utterance_that_is_placed_by_its_duration_is_not_cut_elsewhere(tmp_path, corpus, place):
+    filtered(tmp_path, [corpus[0] | {"offset": None, "duration": 2.0}], "--max_reject_ratio", 0)
     row = corpus[0] | place | {"duration": 1.0}
     kept, reasons = filtered(tmp_path, [row, corpus[1] | {"duration": 2.0}])
     assert [row["key"] for row in kept] == ["u1"] and reasons == {"u0": "bad_field"}
@@ -582,8 +591,8 @@ def path_of(row):
 
 
 @pytest.mark.parametrize(("style", "text", "warned"), [
-    ("spoken", "一共三百元", False), ("spoken", "一共300元", True), ("written", "一共三百元", True),
-    ("written", "一共300元。", False),
+    ("spoken", "一共三百元。", False), ("spoken", "一共300元", True), ("written", "一共三百元", True),
+    ("written", "一共300元", False), ("written", "Hello, how are you?", False),
 ])  # fmt: skip
 def test_a_text_style_that_does_not_fit_the_corpus_is_said(tmp_path, corpus, caplog, style, text, warned):
     rows = [corpus[0] | {"key": f"u{i}", "target": text} for i in range(100)]

@@ -163,7 +163,7 @@ def test_usage_lists_every_option_with_its_comment(repository, arguments):
         (["1", "--online_channel", "yes"], "--online_channel 'yes': expected 0 1"),
         (["0", "--online_channel", "1", "--frontend_fs", "8000"], "--online_channel 1 needs --frontend_fs 16000"),
         (["4", "--alphas", "0.5 2"], "--alphas '0.5 2'"),
-        (["4", "--alphas", "0.5 1 0.5"], "0.5 is there twice"),
+        (["4", "--alphas", "0.25 1 0.2 0.25"], "0.25 is there twice"),
         (["1", "--exp_output", ""], "--exp_output is empty"),
         (["1", "--config", "nowhere.conf"], "--config nowhere.conf does not exist"),
         (["1", "--channel_conf", "nowhere.yaml"], "--channel_conf nowhere.yaml does not exist"),
@@ -365,7 +365,7 @@ def test_what_is_asked_of_a_training_reaches_it_and_is_remembered_and_checks_are
         assert marker["config"] == remembered | {"FRONTEND_FS": "16000"}
         assert (str(overlay) in marker["inputs"]) is (stage == 2)
         assert str(tmp_path / "base model/config.yaml") in marker["inputs"]
-        assert any(path.startswith(f"conf/stage{stage}_") for path in marker["inputs"]), "of whatever clone"
+        assert any(f"/conf/stage{stage}_" in path for path in marker["inputs"])
 
 
 def test_a_checkpoint_of_the_users_replaces_the_first_parent_only(recipe, tmp_path):
@@ -599,7 +599,8 @@ def test_a_stage_does_not_begin_from_the_folder_that_it_moves_aside(recipe):
     recipe.forget_calls()
     own = recipe.exp / "exp/8k_telephone/stage1_encoder_adapt/averaged.pt"
     refused = recipe(1, force="true", init_checkpoint=own)
-    assert refused.returncode == 2 and "copy it elsewhere first" in refused.stderr and recipe.calls() == []
+    assert refused.returncode == 2 and "copy it elsewhere" in refused.stderr and recipe.calls() == []
+    assert own.is_file() and "nothing to do" in recipe(1).stdout
 
 
 def test_the_title_names_a_checkpoint_of_the_users_and_stage_4_leaves_out_what_was_not_trained(recipe, tmp_path):
@@ -611,6 +612,24 @@ def test_the_title_names_a_checkpoint_of_the_users_and_stage_4_leaves_out_what_w
     assert recipe(4).returncode == 0
     scores = [call for call in recipe.calls() if call[0] == "score.py"][-1]
     assert scores[scores.index("--models") + 1 :] == ["base", "stage1", "stage3", "final"]
+
+
+def test_stage_4_does_not_leave_out_a_stage_that_is_being_trained_anew(recipe):
+    assert recipe(-1, 4).returncode == 0
+    assert recipe(1, 3, force="true", environment={"FAILING": "train.py"}).returncode == 7
+    refused = recipe(4, 5)
+    assert refused.returncode == 2 and "run stage 1 first" in refused.stderr
+
+
+def test_another_machine_leaves_the_lists_of_machine_0_alone(recipe):
+    assert recipe(-1, 1).returncode == 0
+    kept = recipe.exp / "exp/8k_telephone/stage1_encoder_adapt/trainlist.jsonl"
+    before = kept.read_text()
+    recipe.forget_calls()
+    assert recipe(1, nnodes=2, node_rank=1, real_share=0.2, force="true").returncode == 0
+    (trained,) = (options_of(call) for call in recipe.calls() if "train.py" in call[0])
+    assert trained["--output_dir"] == str(kept.parent) and trained["--train_list"] != str(kept)
+    assert kept.read_text() == before
 
 
 def test_scores_stay_where_the_audio_for_new_ones_is_not_there(recipe):
@@ -642,7 +661,7 @@ def test_the_same_configuration_in_another_clone_is_no_change(recipe, repository
     with open(other / "conf/stage1_encoder_adapt.yaml", "a") as file:
         file.write("# another\n")
     changed = driver(other, 1, *flags, environment={"CALLS": tmp_path / "calls"})
-    assert changed.returncode == 1 and "conf/stage1_encoder_adapt.yaml changed" in changed.stderr
+    assert changed.returncode == 1 and ": conf/stage1_encoder_adapt.yaml changed;" in changed.stderr
 
 
 def test_other_keywords_or_alphas_keep_the_transcripts_and_score_those_that_are_asked_for(recipe, tmp_path):

@@ -31,6 +31,7 @@ from nano.layers import compile_layers, fuse_attention, inside, own_and_others
 
 IGNORE = -100
 SPARED = 0.25  # of a row's frames
+THOUSANDS = re.compile(r"(?<=\d),(?=\d{3})")
 # But for per cent, the point in a number and the apostrophe in a word.
 PUNCTUATION = re.compile(r"(?!%|(?<=\d)\.(?=\d)|(?<=[a-z])'(?=[a-z]))[^\w\s]")
 SPACE_IN_HAN = re.compile(r"(?<=[\u2e80-\U0003ffff])\s+(?=[\u2e80-\U0003ffff])")
@@ -182,7 +183,8 @@ def normalised(text: str) -> str:
     Stage 1 pulls the encoder through that branch, which is frozen: it would learn to say the comma. The code that
     made the branch's targets is not published; digits are left as they are.
     """
-    letters = PUNCTUATION.sub(" ", unicodedata.normalize("NFKC", text).lower())
+    letters = THOUSANDS.sub("", unicodedata.normalize("NFKC", text).lower().replace("’", "'"))
+    letters = PUNCTUATION.sub(" ", letters)
     return SPACE_IN_HAN.sub("", " ".join(letters.split()))
 
 
