@@ -245,12 +245,19 @@ def parallel(
         job = joblib.Parallel(workers, return_as="generator", batch_size=batch_size, pre_dispatch="all")
         try:
             for part in batches(items, 16 * batch_size * workers):
-                yield from job(joblib.delayed(function)(item) for item in part)
+                yield from job(joblib.delayed(_undisturbed)(function, item) for item in part)
         except TerminatedWorkerError as error:
             raise UserError(
                 "a worker was killed by the system (out of memory?); finished files are kept: "
                 "run the same command again with a smaller --num_workers"
             ) from error
+
+
+def _undisturbed(function: Callable, item: Any) -> Any:
+    """function(item), in a worker: Ctrl-C is for the parent, which ends its workers; theirs would show a traceback."""
+    if threading.current_thread() is threading.main_thread():  # not a Dask worker's
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return function(item)
 
 
 def batches(items: Iterable, size: int) -> Iterator[list]:

@@ -1,6 +1,7 @@
 """Fixtures of several test files."""
 
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,6 +9,10 @@ from pathlib import Path
 import pytest
 
 from mini import make_model, make_rows
+
+# In the background of a script Ctrl-C is ignored, and by what is started there, too: what is tested would not hear it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
