@@ -273,6 +273,9 @@ def test_rules_may_drop_half_but_broken_rows_no_more_than_was_said(tmp_path, cor
     noise = [row | {"target": "[noise]"} if row["source"] == "none.wav" else row for row in rows]
     write_lines(tmp_path / "in.jsonl", noise)
     assert command(*arguments, "--max_reject_ratio", "0.3").returncode == 0
+    write_lines(tmp_path / "in.jsonl", [row | {"target": "[noise]"} if i > 3 else row for i, row in enumerate(noise)])
+    assert command(*arguments, "--max_reject_ratio", "0.3").returncode == 1, "more than half"
+    assert command(*arguments, "--max_reject_ratio", "0.7").returncode == 0
 
 
 @pytest.mark.parametrize("step", ["filter", "convert", "sample", "split"])

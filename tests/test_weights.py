@@ -42,6 +42,8 @@ def test_an_llm_of_bfloat16_keeps_updates_that_are_smaller_than_its_steps(alpha)
     adapted = weights.fold_lora(base | pair, {"r": 16, "lora_alpha": 32})
     mixed, again = (weights.interpolate(base, adapted, alpha)["llm.q_proj.weight"] for _ in range(2))
     assert mixed.equal(mixed.bfloat16().float()) and mixed.equal(again)
+    assert mixed.equal(adapted["llm.q_proj.weight"]) == (alpha == 1)
+    assert weights.interpolate(base, adapted, 0.0)["llm.q_proj.weight"].equal(base["llm.q_proj.weight"].float())
     heard = torch.randn(64, 16) @ down
     wanted, found = heard @ (alpha * 2 * (up @ down)).T, heard @ (mixed - base["llm.q_proj.weight"].float()).T
     assert (wanted * found).sum() / wanted.square().sum() == pytest.approx(1, abs=0.02)
@@ -116,6 +118,19 @@ def test_mixing_on_the_command_line_folds_lora_and_is_exact_at_both_ends(tmp_pat
         state, lora = weights.load(tmp_path / "mixed.pt")
         assert lora is None and all(state[name].equal(expected[name].to(state[name].dtype)) for name in expected)
     assert mix("--base", "a", "--adapted", "b", "--alpha", 1.5, "--output", tmp_path / "c.pt").returncode == 2
+
+
+def test_the_weight_may_be_the_choice_of_score(tmp_path):
+    torch.save({"w": torch.zeros(3)}, tmp_path / "base.pt")
+    torch.save({"w": torch.ones(3)}, tmp_path / "adapted.pt")
+    (tmp_path / "chosen.json").write_text('{"alpha": 0.75, "reason": "lowest"}')
+    paths = "--base", tmp_path / "base.pt", "--adapted", tmp_path / "adapted.pt", "--output", tmp_path / "mixed.pt"
+    assert mix(*paths, "--alpha", tmp_path / "chosen.json").returncode == 0
+    assert weights.load(tmp_path / "mixed.pt")[0]["w"].equal(torch.full((3,), 0.75))
+    (tmp_path / "other.json").write_text('{"beta": 1}')
+    for wrong in ("other.json", "none.json"):
+        refused = mix(*paths, "--alpha", tmp_path / wrong)
+        assert refused.returncode == 2 and f"{wrong} is no choice of score.py" in refused.stderr
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", None])

@@ -98,12 +98,13 @@ def interpolate(base: State, adapted: State, alpha: float) -> State:
             raise UserError(f"{name} is {tuple(old.shape)} in the base and {tuple(new.shape)} in the adapted model")
         tied = (old.data_ptr(), new.data_ptr(), new.shape)
         if tied not in done:
-            # torch.lerp gives exactly `old` at 0 and exactly `new` at 1.
-            moved = new.is_floating_point() and not torch.equal(old, new)
-            between = torch.lerp(old.float(), new.float(), alpha) if moved else new
-            if moved and name.startswith("llm."):
-                between = as_fine_as(old.float(), between, name)
-            done[tied] = between.to(new.dtype)
+            done[tied] = new
+            if new.is_floating_point() and not torch.equal(old, new):
+                # torch.lerp gives exactly `old` at 0 and exactly `new` at 1.
+                between = torch.lerp(old.float(), new.float(), alpha)
+                if name.startswith("llm."):
+                    between = as_fine_as(old.float(), between, name)
+                done[tied] = between.to(new.dtype)
         mixed[name] = done[tied]
     return mixed
 
